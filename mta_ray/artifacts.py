@@ -24,9 +24,11 @@ from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
+
+ConfigT = TypeVar("ConfigT")
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -126,6 +128,16 @@ def is_current(path: str | Path, *, kind: str, settings: dict[str, Any], inputs:
         return False
     have, want = (manifest["settings"], manifest["inputs"]), (settings, inputs)
     return canonical_json(have) == canonical_json(want)
+
+
+def located(config: ConfigT, *names: str) -> ConfigT:
+    """The config with the artifacts that these fields name as absolute paths (URLs as they are).
+
+    A stage's workers need not stand in the folder that the command was given in: Ray Train moves them elsewhere.
+    """
+    places = {name: getattr(config, name) for name in names}
+    whole = {name: str(path if _is_remote(path) else _local(path)) for name, path in places.items()}
+    return dataclasses.replace(config, **whole)  # type: ignore[type-var]
 
 
 def jsonable(config: Any) -> dict[str, Any]:

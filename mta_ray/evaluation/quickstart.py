@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
+from mta_ray.artifacts import located
 from mta_ray.console import announce
 from mta_ray.evaluation.run import EvaluateConfig, evaluate
 from mta_ray.pipeline.adapt_users import AdaptUsersConfig, adapt_users
@@ -69,24 +69,24 @@ class RunConfig:
     """Where to run."""
 
 
-def quickstart(config: QuickstartConfig) -> Path:
+def quickstart(config: QuickstartConfig) -> str:
     """The report's folder."""
     return _all_stages(config, simulate_users, f"simulated users, {config.users.world.task}")
 
 
-def run(config: RunConfig) -> Path:
+def run(config: RunConfig) -> str:
     """The report's folder."""
     return _all_stages(config, prepare_users, f"{config.users.task}: {len(config.users.files)} files")
 
 
-def _all_stages(config: Any, make_users: Callable[[Any], Path | str], title: str) -> Path:
-    home = Path(config.out)
+def _all_stages(config: Any, make_users: Callable[[Any], str], title: str) -> str:
+    home = located(config, "out").out.rstrip("/")
     stages: StagesConfig = config.stages
-    paths = {name: str(home / name) for name in ("users", "embeddings", "base", "bank", "user-states", "report")}
+    paths = {name: f"{home}/{name}" for name in ("users", "embeddings", "base", "bank", "user-states", "report")}
     shared: dict[str, Any] = {"force": config.force, "cluster": config.cluster}
     reads: dict[str, Any] = {"users": paths["users"], "embeddings": paths["embeddings"]}
     taught = reads | {"base": paths["base"]}
-    plan: list[tuple[str, Callable[[Any], Path | str], Any]] = [
+    plan: list[tuple[str, Callable[[Any], str], Any]] = [
         ("users", make_users, replace(config.users, out=paths["users"], **shared)),
         ("embeddings", embed_users, replace(stages.embed, users=paths["users"], out=paths["embeddings"], **shared)),
         ("base", train_base, replace(stages.base, out=paths["base"], split=stages.split, **reads, **shared)),

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import ray
 from ray.util import ActorPool
 from rich.console import Console
 
-from mta_ray.artifacts import is_current, jsonable, open_artifact, publish
+from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
 from mta_ray.evaluation.methods import OPPU, Methods, Pack
 from mta_ray.evaluation.report import Curve, MapPoint, ReportFacts, summarise, table, write_report
 from mta_ray.lamp.metrics import query_score, score
@@ -70,8 +69,9 @@ class EvaluateConfig:
     """Where to run."""
 
 
-def evaluate(config: EvaluateConfig, *, seconds: Mapping[str, float] | None = None) -> Path:
+def evaluate(config: EvaluateConfig, *, seconds: Mapping[str, float] | None = None) -> str:
     """Publish the report, and print its table. `seconds` of earlier stages go into the report."""
+    config = located(config, "users", "embeddings", "base", "bank", "states", "out")
     users = open_artifact(config.users, kind="users", verify=False)
     embeddings = read_embeddings(config.embeddings)
     base = open_base(config.base)
@@ -86,7 +86,7 @@ def evaluate(config: EvaluateConfig, *, seconds: Mapping[str, float] | None = No
     settings = {k: v for k, v in jsonable(config).items() if k in ("title", "oppu", "split", "workers")}
     if not config.force and is_current(config.out, kind="report", settings=settings, inputs=hashes):
         log.info("report: %s is current, nothing to do", config.out)
-        return Path(config.out)
+        return config.out
 
     with connect(config.cluster), publish(config.out, kind="report", settings=settings, inputs=hashes) as draft:
         # 1. predictions
@@ -117,7 +117,7 @@ def evaluate(config: EvaluateConfig, *, seconds: Mapping[str, float] | None = No
         write_report(draft.path, summary, facts, predictions)
         draft.facts.update(users=int(predictions["user_id"].nunique()), queries=int(predictions["query_id"].nunique()))
     Console().print(table(summary))
-    return Path(config.out)
+    return config.out
 
 
 def _predict(

@@ -17,7 +17,7 @@ from ray.util import ActorPool
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from mta_ray.artifacts import is_current, jsonable, open_artifact, publish
+from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.bank import load_bank
@@ -119,8 +119,9 @@ _SCHEMA = pa.schema(
 )
 
 
-def adapt_users(config: AdaptUsersConfig) -> Path:
+def adapt_users(config: AdaptUsersConfig) -> str:
     """Publish `states.parquet`: user_id, slots, weights, stack (safetensors bytes), scale, bytes, seconds."""
+    config = located(config, "users", "embeddings", "base", "bank", "out")
     users = open_artifact(config.users, kind="users", verify=False)
     table = read_embeddings(config.embeddings)
     base = open_base(config.base)
@@ -131,7 +132,7 @@ def adapt_users(config: AdaptUsersConfig) -> Path:
     inputs = {"users": users.hash, "embeddings": table.hash, "base": base.hash, "bank": bank_hash}
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
         log.info("user states: %s is current, nothing to do", config.out)
-        return Path(config.out)
+        return config.out
 
     # 1. routes: a nearest-neighbour search, no training
     tested = split_users(table.user_ids, table.items, table.queries, config.split).tested
@@ -161,7 +162,7 @@ def adapt_users(config: AdaptUsersConfig) -> Path:
                 board.add.remote(PROGRESS, len(states))
         draft.facts.update(users=len(rows))
     log.info("user states: %d users, in %s", len(rows), config.out)
-    return Path(config.out)
+    return config.out
 
 
 def read_states(path: str | Path, user_ids: Iterable[str]) -> dict[str, UserState]:

@@ -18,7 +18,7 @@ import ray
 from ray.actor import ActorHandle
 from safetensors.torch import load_file, save_file
 
-from mta_ray.artifacts import is_current, jsonable, open_artifact, publish
+from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
 from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.bank import assemble, save_bank
 from mta_ray.model.backbone import RoutedModel
@@ -83,8 +83,9 @@ class BuildBankConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def build_bank(config: BuildBankConfig) -> Path:
+def build_bank(config: BuildBankConfig) -> str:
     """Publish the bank. Rerun after a stop: finished packs are kept, the rest is trained."""
+    config = located(config, "users", "embeddings", "base", "out")
     users = open_artifact(config.users, kind="users", verify=False)
     base = open_base(config.base)
     table = read_embeddings(config.embeddings)
@@ -93,7 +94,7 @@ def build_bank(config: BuildBankConfig) -> Path:
     inputs = {"users": users.hash, "embeddings": table.hash, "base": base.hash}
     if not config.force and is_current(config.out, kind="bank", settings=settings, inputs=inputs):
         log.info("bank: %s is current, nothing to do", config.out)
-        return Path(config.out)
+        return config.out
 
     # 1. anchors
     center, vectors, anchors = _anchors(table, config)
@@ -137,7 +138,7 @@ def build_bank(config: BuildBankConfig) -> Path:
     save_bank(bank, config.out, settings=settings, inputs=inputs)
     shutil.rmtree(folder, ignore_errors=True)
     log.info("bank: %d anchors, %.1f MiB, in %s", len(bank), bank.bytes / 2**20, config.out)
-    return Path(config.out)
+    return config.out
 
 
 def _anchors(table: Embeddings, config: BuildBankConfig) -> tuple[np.ndarray, np.ndarray, list[int]]:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from ray.actor import ActorHandle
 
-from mta_ray.artifacts import is_current, open_artifact, publish
+from mta_ray.artifacts import is_current, located, open_artifact, publish
 from mta_ray.lamp.prompts import render_item
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import from_table
@@ -75,18 +75,23 @@ class Embeddings:
     encoder: str
 
 
-def embed_users(config: EmbedUsersConfig) -> Path:
+def embed_users(config: EmbedUsersConfig) -> str:
     """Publish `embeddings-*.parquet` (user_id, items, queries, mean), one row a user."""
+    config = located(config, "users", "out")
+    if Path(config.encoder).is_dir():
+        config = located(config, "encoder")
     users = open_artifact(config.users, kind="users", verify=False)
     settings = {"encoder": config.encoder, "max_items": config.max_items, "max_words": config.max_words}
     inputs = {"users": users.hash}
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
         log.info("embeddings: %s is current, nothing to do", config.out)
-        return Path(config.out)
+        return config.out
     with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         board = open_board()
         with follow(board, "embed users", users.facts["users"], "users"):
-            rows = users_dataset(config.users).map_batches(
+            # A small artifact is one block, which would keep all actors but one idle.
+            blocks = 4 * config.actors if users.facts["users"] > config.users_per_batch else None
+            rows = users_dataset(config.users, blocks=blocks).map_batches(
                 _EmbedBatch,
                 fn_constructor_args=(config, board),
                 batch_size=config.users_per_batch,
@@ -99,7 +104,7 @@ def embed_users(config: EmbedUsersConfig) -> Path:
             rows.write_parquet(str(draft.path))
         draft.facts.update(users=users.facts["users"], encoder=config.encoder)
     log.info("embeddings: %d users, in %s", users.facts["users"], config.out)
-    return Path(config.out)
+    return config.out
 
 
 def read_embeddings(path: str | Path) -> Embeddings:

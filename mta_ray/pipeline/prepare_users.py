@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import ray
 from ray.actor import ActorHandle
 
-from mta_ray.artifacts import is_current, open_artifact, publish
+from mta_ray.artifacts import is_current, located, open_artifact, publish
 from mta_ray.lamp.readers import LampFile, Reject
 from mta_ray.lamp.tasks import Task, task_named
 from mta_ray.lamp.users import FEW_SHOT_ITEMS, SCHEMA, User, from_table
@@ -78,12 +78,14 @@ class PrepareUsersConfig:
             raise ValueError(f"got limit={self.limit}, shard_mib={self.shard_mib}; wanted 0 or more, and more than 0")
 
 
-def prepare_users(config: PrepareUsersConfig) -> Path | str:
+def prepare_users(config: PrepareUsersConfig) -> str:
     """Where the finished artifact lies.
 
     Users stand by shard (a hash of the id), within it in the order of the files. Questions of one user become one user;
     a processed user who comes twice, in whichever files, is rejected the second time.
     """
+    config = located(config, "out")
+    config = replace(config, files=tuple(f if "://" in f else str(Path(f).absolute()) for f in config.files))
     task = task_named(config.task)
     if not config.files:
         raise ValueError("no files; give at least one LaMP file of the task with --files")
@@ -96,12 +98,12 @@ def prepare_users(config: PrepareUsersConfig) -> Path | str:
     inputs = _identities([file for source in sources for file in (source.file, source.outputs) if file])
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
         log.info("users: %s is current, nothing to do", config.out)
-        return _place(config.out)
+        return config.out
     with connect(config.cluster):
         return _prepare(config, task, settings, inputs)
 
 
-def _prepare(config: PrepareUsersConfig, task: Task, settings: dict[str, Any], inputs: dict[str, str]) -> Path | str:
+def _prepare(config: PrepareUsersConfig, task: Task, settings: dict[str, Any], inputs: dict[str, str]) -> str:
     input_mib = sum(_size(file) for file in config.files) / 2**20
     shards = min(SHARDS_MAX, max(1, round(input_mib / config.shard_mib)))
     board = open_board()
@@ -135,7 +137,7 @@ def _prepare(config: PrepareUsersConfig, task: Task, settings: dict[str, Any], i
         draft.facts.update(task=task.name, labels=labels, records=records, **counts)
         draft.facts.update(rejects=reasons.total(), rejects_by_reason=dict(sorted(reasons.items())))
     log.info("users: %d of %d records, %d rejects, in %s", counts["users"], records, reasons.total(), config.out)
-    return _place(config.out)
+    return config.out
 
 
 def read_users(path: str | Path) -> Iterator[User]:
@@ -145,9 +147,10 @@ def read_users(path: str | Path) -> Iterator[User]:
             yield from from_table(pa.Table.from_batches([batch]))
 
 
-def users_dataset(path: str | Path) -> ray.data.Dataset:
-    """The users of an artifact as a Ray dataset with rows of `lamp.users.SCHEMA`."""
-    return ray.data.read_parquet([str(file) for file in _shards_of(path)])
+def users_dataset(path: str | Path, *, blocks: int | None = None) -> ray.data.Dataset:
+    """The users of an artifact as a Ray dataset with rows of `lamp.users.SCHEMA`, in at least so many blocks."""
+    files = [str(file) for file in _shards_of(path)]
+    return ray.data.read_parquet(files, override_num_blocks=max(blocks, len(files)) if blocks else None)
 
 
 def _shards_of(path: str | Path) -> list[Path]:
@@ -178,10 +181,6 @@ def _sha256(file: str) -> str:
 def _size(file: str) -> int:
     store, path = fsspec.core.url_to_fs(file)
     return int(store.size(path))
-
-
-def _place(out: str) -> Path | str:
-    return out if "://" in out else Path(out)
 
 
 # ---- tasks

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from ray.actor import ActorHandle
 
-from mta_ray.artifacts import is_current, jsonable, open_artifact, publish
+from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lora.adapter import save_peft
 from mta_ray.model.backbone import EMBEDDED, RoutedModel, fingerprint, load_backbone, merge
@@ -77,8 +77,11 @@ class TrainBaseConfig:
             raise ValueError("mode full trains small models: use zero_stage 0, 1 or 2")
 
 
-def train_base(config: TrainBaseConfig) -> Path:
+def train_base(config: TrainBaseConfig) -> str:
     """Publish the `base` artifact: weights or adapter, fingerprint, wording, losses."""
+    config = located(config, "users", "embeddings", "out")
+    if Path(config.base_model).is_dir():
+        config = located(config, "base_model")
     users = open_artifact(config.users, kind="users", verify=False)
     embeddings = open_artifact(config.embeddings, kind="embeddings", verify=False)
     settings = {
@@ -87,7 +90,7 @@ def train_base(config: TrainBaseConfig) -> Path:
     inputs = {"users": users.hash, "embeddings": embeddings.hash}
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
         log.info("base: %s is current, nothing to do", config.out)
-        return Path(config.out)
+        return config.out
     with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         if config.mode == "none":
             backbone = load_backbone(config.base_model, dtype=config.dtype)
@@ -109,7 +112,7 @@ def train_base(config: TrainBaseConfig) -> Path:
             **report,
         )
     log.info("base: %s, %s", open_base(config.out).fingerprint[:12], config.out)
-    return Path(config.out)
+    return config.out
 
 
 def _loop(settings: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pyarrow as pa
 import ray
 from ray.data.datasource import FilenameProvider
 
-from mta_ray.artifacts import is_current, publish
+from mta_ray.artifacts import is_current, located, publish
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import to_table
 from mta_ray.pipeline.cluster import ClusterConfig, connect
@@ -55,13 +54,14 @@ def _make_users(batch: dict[str, np.ndarray], *, world: WorldConfig, first: int)
     return to_table(simulate_user(world, first + int(number)) for number in batch["id"])
 
 
-def simulate_users(config: SimulateUsersConfig) -> Path:
+def simulate_users(config: SimulateUsersConfig) -> str:
     """Publish a simulated population as a `users` artifact, as `prepare_users` does with LaMP files."""
+    config = located(config, "out")
     task = task_named(config.world.task)
     settings: dict[str, Any] = {"world": asdict(config.world), "users": config.users, "first": config.first}
     if not config.force and is_current(config.out, kind="users", settings=settings, inputs={}):
         log.info("users: %s is current, nothing to do", config.out)
-        return Path(config.out)
+        return config.out
     with connect(config.cluster), publish(config.out, kind="users", settings=settings, inputs={}) as draft:
         rows = simulated_users(config.world, first=config.first, users=config.users)
         rows.write_parquet(str(draft.path), filename_provider=_ShardNames())
@@ -70,7 +70,7 @@ def simulate_users(config: SimulateUsersConfig) -> Path:
         )
         draft.facts.update(is_simulated=True)
     log.info("users: %d simulated, in %s", config.users, config.out)
-    return Path(config.out)
+    return config.out
 
 
 class _ShardNames(FilenameProvider):

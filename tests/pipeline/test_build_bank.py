@@ -63,8 +63,10 @@ def test_embeddings_cover_every_user_in_order(taught):
     assert table.queries == [2] * 30
 
 
-def test_an_interrupted_bank_goes_on_and_equals_the_undisturbed_one(taught, caplog):
-    whole = build_bank(_bank_config(taught, "whole"))
+def test_an_interrupted_bank_goes_on_and_equals_the_undisturbed_one(taught, caplog, monkeypatch):
+    monkeypatch.chdir(taught)  # paths from where the command was given; the workers stand elsewhere
+    whole = build_bank(_bank_config(Path("."), "whole"))
+    assert whole == str(taught / "whole")
 
     # Something that is no bank stands where the bank should go: all packs are trained, then publishing is refused.
     config = _bank_config(taught, "stopped")
