@@ -25,18 +25,10 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A small Ray cluster on this machine, for this test run alone."""
-    import ray
+    from mta_ray.pipeline.cluster import ClusterConfig, connect
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=150 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
+    with connect(ClusterConfig(cpus=2, object_store_mib=150)):
+        yield
 
 
 @pytest.fixture

@@ -297,6 +297,18 @@ def test_a_script_joins_a_running_cluster_only_by_its_name(is_named: bool, clust
 # ---- one cluster for the rest of this file
 
 
+def test_where_a_local_cluster_says_its_dashboard_is_nobody_answers(ray_local) -> None:
+    """Ray Train asks there whether its controller lives; another cluster's dashboard would say no and end training."""
+    from ray._private import ray_constants
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    said = _internal_kv_get(ray_constants.DASHBOARD_ADDRESS, namespace=ray_constants.KV_NAMESPACE_DASHBOARD).decode()
+    host, port = said.rsplit(":", 1)
+    assert int(port) != ray_constants.DEFAULT_DASHBOARD_PORT
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)), timeout=5)
+
+
 def test_connect_uses_a_connection_that_is_there_and_leaves_it(ray_local: None) -> None:
     import ray
 

@@ -15,6 +15,7 @@ from mta_ray.pipeline.adapt_users import AdaptUsersConfig, adapt_users
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.cluster import ClusterConfig, connect
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users
+from mta_ray.pipeline.memory import watch_memory
 from mta_ray.pipeline.prepare_users import PrepareUsersConfig, prepare_users
 from mta_ray.pipeline.split import SplitConfig
 from mta_ray.pipeline.train_base import TrainBaseConfig, train_base
@@ -98,7 +99,7 @@ def _all_stages(config: Any, make_users: Callable[[Any], str], title: str) -> st
         ),
     ]
     seconds: dict[str, float] = {}
-    with connect(config.cluster):
+    with connect(config.cluster), watch_memory() as memory:
         for name, stage, settings in plan:
             started_s = time.perf_counter()
             stage(settings)
@@ -115,6 +116,6 @@ def _all_stages(config: Any, make_users: Callable[[Any], str], title: str) -> st
             **taught,
             **shared,
         )
-        report = evaluate(judge, seconds=seconds)
+        report = evaluate(judge, seconds=seconds, memory=memory)
         save_settings(report, judge)
     return report

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import resource
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 import ray
 from ray.util import ActorPool
 from rich.console import Console
@@ -30,6 +29,7 @@ from mta_ray.pipeline.base_model import BaseModel, Wording, open_base
 from mta_ray.pipeline.cluster import ClusterConfig, connect
 from mta_ray.pipeline.embed_users import Embeddings, read_embeddings
 from mta_ray.pipeline.group import start_worker
+from mta_ray.pipeline.memory import PeakMemory, watch_memory
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.progress import follow, open_board
 from mta_ray.pipeline.split import SplitConfig, split_users
@@ -69,8 +69,13 @@ class EvaluateConfig:
     """Where to run."""
 
 
-def evaluate(config: EvaluateConfig, *, seconds: Mapping[str, float] | None = None) -> str:
-    """Publish the report, and print its table. `seconds` of earlier stages go into the report."""
+def evaluate(
+    config: EvaluateConfig, *, seconds: Mapping[str, float] | None = None, memory: PeakMemory | None = None
+) -> str:
+    """Publish the report, and print its table.
+
+    `seconds` of earlier stages go into the report, and what `memory` has seen of them; else this stage's own peak.
+    """
     config = located(config, "users", "embeddings", "base", "bank", "states", "out")
     users = open_artifact(config.users, kind="users", verify=False)
     embeddings = read_embeddings(config.embeddings)
@@ -88,9 +93,13 @@ def evaluate(config: EvaluateConfig, *, seconds: Mapping[str, float] | None = No
         log.info("report: %s is current, nothing to do", config.out)
         return config.out
 
-    with connect(config.cluster), publish(config.out, kind="report", settings=settings, inputs=hashes) as draft:
+    with (
+        connect(config.cluster),
+        publish(config.out, kind="report", settings=settings, inputs=hashes) as draft,
+        nullcontext(memory) if memory else watch_memory() as memory,
+    ):
         # 1. predictions
-        rows, costs, memory = _predict(config, embeddings, bank)
+        rows, costs = _predict(config, embeddings, bank)
         predictions = _scored(rows, base.wording)
 
         # 2. report
@@ -103,7 +112,7 @@ def evaluate(config: EvaluateConfig, *, seconds: Mapping[str, float] | None = No
             bytes_per_user={method: float(np.mean([c[0] for c in cost])) for method, cost in costs.items()},
             seconds_per_user={method: float(np.mean([c[1] for c in cost])) for method, cost in costs.items()},
             seconds=dict(seconds or {}),
-            peak_memory_mb=memory,
+            peak_memory_mb=round(memory.peak_mb),
             versions={name: metadata.version(name) for name in VERSIONS},
             settings={"prompts": asdict(base.wording.prompts), "base": base.source} | settings,
             curves=_curves(base, bank),
@@ -122,8 +131,8 @@ def evaluate(config: EvaluateConfig, *, seconds: Mapping[str, float] | None = No
 
 def _predict(
     config: EvaluateConfig, embeddings: Embeddings, bank: Bank
-) -> tuple[list[dict[str, Any]], dict[str, list[tuple[float, float]]], float]:
-    """(rows of predictions, method -> (bytes, seconds) of each pack, peak memory in MB)."""
+) -> tuple[list[dict[str, Any]], dict[str, list[tuple[float, float]]]]:
+    """(rows of predictions, method -> (bytes, seconds) of each pack)."""
     tested = split_users(embeddings.user_ids, embeddings.items, embeddings.queries, config.split).tested
     vectors = encode(embeddings.means[tested], bank.center)
     vector_of = {embeddings.user_ids[row]: vector for row, vector in zip(tested, vectors, strict=True)}
@@ -131,7 +140,6 @@ def _predict(
     board = open_board()
     rows: list[dict[str, Any]] = []
     costs: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    memory = 0.0
     with follow(board, PROGRESS, len(tested), "users"):
         pool = ActorPool(
             [
@@ -142,13 +150,12 @@ def _predict(
             ]
         )
         work = [(pack, np.stack([vector_of[user.id] for user in pack])) for pack in packs]
-        for found, spent, peak_mb in pool.map(lambda actor, job: actor.run.remote(*job), work):
+        for found, spent in pool.map(lambda actor, job: actor.run.remote(*job), work):
             rows += found
             for method, cost in spent.items():
                 costs[method].append(cost)
-            memory = max(memory, peak_mb)
             board.add.remote(PROGRESS, len({row["user_id"] for row in found}))
-    return rows, costs, memory
+    return rows, costs
 
 
 class _Evaluator:
@@ -161,9 +168,7 @@ class _Evaluator:
         routed, bank = self.base.load_routed(config.bank, device=config.workers.device)
         self.methods = Methods(routed, bank, self.base.wording, config.oppu)
 
-    def run(
-        self, users: list, vectors: np.ndarray
-    ) -> tuple[list[dict[str, Any]], dict[str, tuple[float, float]], float]:
+    def run(self, users: list, vectors: np.ndarray) -> tuple[list[dict[str, Any]], dict[str, tuple[float, float]]]:
         states = read_states(self.config.states, [user.id for user in users])
         missing = sum(user.id not in states for user in users)
         if missing:
@@ -187,20 +192,7 @@ class _Evaluator:
                         "prediction": prediction,
                     }
                 )
-        return rows, costs, _memory_mb()
-
-
-def _memory_mb() -> float:
-    """Unique memory of all Ray processes of this machine now, or this process's own peak if that is more, in MB."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    total = 0.0
-    for process in psutil.process_iter():
-        try:
-            if any(word in " ".join(process.cmdline()[:3]) for word in ("ray", "mta")):
-                total += process.memory_full_info().uss / 2**20
-        except (psutil.Error, OSError):
-            continue
-    return max(own, total)
+        return rows, costs
 
 
 def _scored(rows: list[dict[str, Any]], wording: Wording) -> pd.DataFrame:

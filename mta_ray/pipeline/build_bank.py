@@ -32,7 +32,7 @@ from mta_ray.pipeline.group import (
     cpus_per_worker,
     engine_factory,
     is_first_worker,
-    run_group,
+    start_group,
     start_worker,
 )
 from mta_ray.pipeline.prepare_users import read_users
@@ -161,10 +161,9 @@ def _train(config: BuildBankConfig, packs: list[list[str]], missing: list[int], 
     board = open_board()
     groups = min(config.groups, len(missing))
     cpus = cpus_per_worker(config.group, groups)
-    start_group = ray.remote(num_cpus=0)(run_group)
     with follow(board, PROGRESS, len(missing) * config.train.steps, "steps"):
         running = [
-            start_group.remote(
+            start_group(
                 _loop,
                 {
                     "config": config,

@@ -23,6 +23,9 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the entry point of a submitted job, and nowhere else."""
 OBJECT_STORE_MIB_MIN = 75
 """Ray refuses less."""
+NO_DASHBOARD_PORT = 9
+"""Where nobody answers. A cluster without a dashboard still says that it has one, by default on port 8265. Another
+cluster's may listen there, and Ray Train, which asks it whether its controller lives, would take our training down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +84,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
             "num_gpus": config.gpus,
             "object_store_memory": config.object_store_mib * 2**20,
             "include_dashboard": False,
+            "dashboard_port": NO_DASHBOARD_PORT,
         }
 
     _init(options)

@@ -90,8 +90,8 @@ def embed_users(config: EmbedUsersConfig) -> str:
         board = open_board()
         with follow(board, "embed users", users.facts["users"], "users"):
             # A small artifact is one block, which would keep all actors but one idle.
-            blocks = 4 * config.actors if users.facts["users"] > config.users_per_batch else None
-            rows = users_dataset(config.users, blocks=blocks).map_batches(
+            blocks = users_dataset(config.users).repartition(target_num_rows_per_block=2 * config.users_per_batch)
+            rows = blocks.map_batches(
                 _EmbedBatch,
                 fn_constructor_args=(config, board),
                 batch_size=config.users_per_batch,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,11 +49,23 @@ def cpus_per_worker(config: GroupConfig, groups: int) -> int:
     return config.cpus_per_worker or max(1, int(ray.cluster_resources().get("CPU", 1)) // (groups * config.workers))
 
 
-def run_group(loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: GroupConfig, cpus: int) -> None:
-    """Run `loop(settings)` on the group's workers and wait. Results are what the loop publishes.
+def start_group(
+    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: GroupConfig, cpus: int
+) -> ray.ObjectRef:
+    """Run `loop(settings)` on the group's workers, as a task to wait for. Results are what the loop publishes.
 
-    A failed worker's error is raised here, inside Ray Train's TrainingFailedError.
+    Waiting raises a failed worker's error, inside Ray Train's TrainingFailedError. The task's processes are told which
+    cluster is theirs: without an address Ray's State API takes the latest one that was started on the machine, and Ray
+    Train, which asks it whether its controller lives, would take the group down.
     """
+    here = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    task = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": here})(_run_group)
+    return task.remote(loop, settings, config, cpus)
+
+
+def _run_group(
+    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: GroupConfig, cpus: int
+) -> None:
     resources: dict[str, float] = {"CPU": cpus}
     if config.gpus_per_worker:
         resources["GPU"] = config.gpus_per_worker
@@ -69,13 +79,7 @@ def run_group(loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], 
             run_config=ray.train.RunConfig(name="group", storage_path=storage),
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
         )
-        # Ray Train puts a handler for Ctrl-C in place and leaves it there, for a controller that is gone.
-        handler = signal.getsignal(signal.SIGINT)
-        try:
-            trainer.fit()
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, handler)
+        trainer.fit()
 
 
 def engine_factory(

@@ -147,10 +147,9 @@ def read_users(path: str | Path) -> Iterator[User]:
             yield from from_table(pa.Table.from_batches([batch]))
 
 
-def users_dataset(path: str | Path, *, blocks: int | None = None) -> ray.data.Dataset:
-    """The users of an artifact as a Ray dataset with rows of `lamp.users.SCHEMA`, in at least so many blocks."""
-    files = [str(file) for file in _shards_of(path)]
-    return ray.data.read_parquet(files, override_num_blocks=max(blocks, len(files)) if blocks else None)
+def users_dataset(path: str | Path) -> ray.data.Dataset:
+    """The users of an artifact as a Ray dataset with rows of `lamp.users.SCHEMA`."""
+    return ray.data.read_parquet([str(file) for file in _shards_of(path)])
 
 
 def _shards_of(path: str | Path) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import ray
 from ray.actor import ActorHandle
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
@@ -24,7 +25,7 @@ from mta_ray.pipeline.group import (
     cpus_per_worker,
     engine_factory,
     is_first_worker,
-    run_group,
+    start_group,
     start_worker,
 )
 from mta_ray.pipeline.prepare_users import read_users
@@ -99,7 +100,8 @@ def train_base(config: TrainBaseConfig) -> str:
             board = open_board()
             with follow(board, PROGRESS, config.train.steps, "steps"):
                 cpus = cpus_per_worker(config.group, groups=1)
-                run_group(_loop, {"config": config, "out": str(draft.path), "board": board}, config.group, cpus)
+                settings_of_loop = {"config": config, "out": str(draft.path), "board": board}
+                ray.get(start_group(_loop, settings_of_loop, config.group, cpus))
             report = json.loads((draft.path / "report.json").read_text())
         draft.facts.update(
             task=users.facts["task"],
