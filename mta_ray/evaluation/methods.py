@@ -115,7 +115,8 @@ class Methods:
         route_users(pack.vectors, self.bank, config)  # timed only: the routes themselves come with the states
         seconds = (time.perf_counter() - started_s) / len(pack.users)
         routes = [pack.states[user.id].route for user in pack.users]
-        return Answers("mta_fusion", self._answer(pack, {BANK: routes}), routes[0].bytes, seconds)
+        kept = float(np.mean([route.bytes for route in routes]))
+        return Answers("mta_fusion", self._answer(pack, {BANK: routes}), kept, seconds)
 
     def mta(self, pack: Pack) -> Answers:
         """Stages 2 and 3: the fused anchors with the user's own stack on top."""
@@ -123,7 +124,7 @@ class Methods:
         self._load(STACK, [state.stack for state in states])
         predictions = self._answer(pack, {BANK: [state.route for state in states], STACK: _own_slots(pack)})
         seconds = float(np.mean([state.seconds for state in states]))
-        return Answers("mta", predictions, states[0].bytes, seconds)
+        return Answers("mta", predictions, float(np.mean([state.bytes for state in states])), seconds)
 
     def as_released(self, pack: Pack) -> Answers:
         """MTA as its released code does it: swapped weights, factors averaged apart, one epoch of rank 4."""

@@ -109,8 +109,8 @@ def evaluate(
             primary=base.wording.task.primary_metric,
             higher_is_better=base.wording.task.higher_is_better,
             anchors=len(bank),
-            bytes_per_user={method: float(np.mean([c[0] for c in cost])) for method, cost in costs.items()},
-            seconds_per_user={method: float(np.mean([c[1] for c in cost])) for method, cost in costs.items()},
+            bytes_per_user={method: cost.bytes / cost.users for method, cost in costs.items()},
+            seconds_per_user={method: cost.seconds / cost.users for method, cost in costs.items()},
             seconds=dict(seconds or {}),
             peak_memory_mb=round(memory.peak_mb),
             versions={name: metadata.version(name) for name in VERSIONS},
@@ -131,15 +131,15 @@ def evaluate(
 
 def _predict(
     config: EvaluateConfig, embeddings: Embeddings, bank: Bank
-) -> tuple[list[dict[str, Any]], dict[str, list[tuple[float, float]]]]:
-    """(rows of predictions, method -> (bytes, seconds) of each pack)."""
+) -> tuple[list[dict[str, Any]], dict[str, _Cost]]:
+    """(rows of predictions, method -> what it took for all users)."""
     tested = split_users(embeddings.user_ids, embeddings.items, embeddings.queries, config.split).tested
     vectors = encode(embeddings.means[tested], bank.center)
     vector_of = {embeddings.user_ids[row]: vector for row, vector in zip(tested, vectors, strict=True)}
     packs = packs_of(read_users(config.users), list(vector_of), config.workers.users_per_pack)
     board = open_board()
     rows: list[dict[str, Any]] = []
-    costs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    costs: dict[str, _Cost] = defaultdict(_Cost)
     with follow(board, PROGRESS, len(tested), "users"):
         pool = ActorPool(
             [
@@ -152,10 +152,25 @@ def _predict(
         work = [(pack, np.stack([vector_of[user.id] for user in pack])) for pack in packs]
         for found, spent in pool.map(lambda actor, job: actor.run.remote(*job), work):
             rows += found
-            for method, cost in spent.items():
-                costs[method].append(cost)
-            board.add.remote(PROGRESS, len({row["user_id"] for row in found}))
+            users = len({row["user_id"] for row in found})
+            for method, (bytes_per_user, seconds_per_user) in spent.items():
+                costs[method].add(users, bytes_per_user, seconds_per_user)
+            board.add.remote(PROGRESS, users)
     return rows, costs
+
+
+@dataclass(slots=True)
+class _Cost:
+    """Of one method, over all packs."""
+
+    users: int = 0
+    bytes: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, users: int, bytes_per_user: float, seconds_per_user: float) -> None:
+        self.users += users
+        self.bytes += users * bytes_per_user
+        self.seconds += users * seconds_per_user
 
 
 class _Evaluator:
