@@ -18,7 +18,8 @@ from rich.console import Console
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
 from mta_ray.evaluation.methods import OPPU, Methods, Pack
-from mta_ray.evaluation.report import Curve, MapPoint, ReportFacts, summarise, table, write_report
+from mta_ray.evaluation.report import table, write_report
+from mta_ray.evaluation.summary import Curve, MapPoint, ReportFacts, summarise
 from mta_ray.lamp.metrics import query_score, score
 from mta_ray.lamp.users import FEW_SHOT_ITEMS
 from mta_ray.lora.bank import Bank, load_bank
