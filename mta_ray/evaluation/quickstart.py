@@ -38,6 +38,11 @@ class StagesConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+def _in_minutes() -> StagesConfig:
+    """Fewer tested users than by default, so that two CPU cores show the method in minutes."""
+    return StagesConfig(split=SplitConfig(max_few_shot=48, max_rest=8))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuickstartConfig:
     """The whole method on people whose taste is known."""
@@ -46,7 +51,7 @@ class QuickstartConfig:
     """Folder of all artifacts; the report lies in OUT/report."""
     users: SimulateUsersConfig = field(default_factory=SimulateUsersConfig)
     """The population."""
-    stages: StagesConfig = field(default_factory=StagesConfig)
+    stages: StagesConfig = field(default_factory=_in_minutes)
     """All other stages."""
     force: bool = False
     """Run every stage again."""

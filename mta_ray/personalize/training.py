@@ -280,8 +280,8 @@ def train_whole(
     _check_share(config.examples_per_step, engine)
     draw = _draw(examples, config, "base")
     losses: list[float] = []
-    torch.manual_seed(_seed(config.seed, f"dropout {engine.rank}"))
-    model.train()
+    # No dropout: in the few hundred steps that a small base gets, it only slows learning down.
+    model.eval()
     for step in range(config.steps):
         rows = next(draw)
         tokens = sum(row.target_tokens for row in rows)
@@ -297,7 +297,6 @@ def train_whole(
         if on_step:
             on_step(step + 1)
     engine.finish()
-    model.eval()
     for parameter in trainable:
         parameter.requires_grad_(False)
     return losses

@@ -15,9 +15,9 @@ class SplitConfig:
 
     test_share: float = 0.15
     """Share of the users with more than 10 items that is tested instead of teaching."""
-    max_few_shot: int = 48
+    max_few_shot: int = 1000
     """At most so many few-shot users are tested."""
-    max_rest: int = 8
+    max_rest: int = 200
     """At most so many of the other users are tested."""
     seed: int = 0
     """Of the draw."""

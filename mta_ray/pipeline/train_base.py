@@ -60,7 +60,7 @@ class TrainBaseConfig:
     """Share of the examples that carry retrieved items, so that the method `rag` meets a model that knows them."""
     max_examples: int = 20_000
     """At most so many examples, drawn from all teachers' items."""
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=5e-4, steps=140, examples_per_step=16))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=4e-4, steps=140, examples_per_step=16))
     """Steps and rates; rank and alpha count for mode `adapter`."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Who teaches."""
