@@ -137,7 +137,7 @@ def _predict(
     tested = split_users(embeddings.user_ids, embeddings.items, embeddings.queries, config.split).tested
     vectors = encode(embeddings.means[tested], bank.center)
     vector_of = {embeddings.user_ids[row]: vector for row, vector in zip(tested, vectors, strict=True)}
-    packs = packs_of(read_users(config.users), list(vector_of), config.workers.users_per_pack)
+    packs = packs_of(read_users(config.users), list(vector_of), config.workers)
     board = open_board()
     rows: list[dict[str, Any]] = []
     costs: dict[str, _Cost] = defaultdict(_Cost)

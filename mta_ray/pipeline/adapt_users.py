@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -48,7 +49,14 @@ class ActorConfig:
     gpus: float = 0.0
     """GPUs of each."""
     users_per_pack: int = 16
-    """Users whose adapters are trained at once."""
+    """At most so many users' adapters are trained at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("actors", "cpus", "users_per_pack"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.gpus < 0:
+            raise ValueError(f"gpus must be at least 0, got {self.gpus}")
 
     @property
     def device(self) -> str:
@@ -155,7 +163,7 @@ def adapt_users(config: AdaptUsersConfig) -> str:
                     for _ in range(config.workers.actors)
                 ]
             )
-            packs = packs_of(read_users(config.users), list(route_of), config.workers.users_per_pack)
+            packs = packs_of(read_users(config.users), list(route_of), config.workers)
             work = ([(user, route_of[user.id]) for user in pack] for pack in packs)
             for states in pool.map(lambda actor, pack: actor.stack.remote(pack), work):
                 out.write_table(pa.Table.from_pylist(states, schema=_SCHEMA))
@@ -173,11 +181,16 @@ def read_states(path: str | Path, user_ids: Iterable[str]) -> dict[str, UserStat
     return {row["user_id"]: _state(row) for row in table.to_pylist()}
 
 
-def packs_of(users: Iterable[User], wanted: list[str], size: int) -> list[list[User]]:
-    """The wanted users in packs, users of like history lengths together, by id where those are equal."""
+def packs_of(users: Iterable[User], wanted: list[str], config: ActorConfig) -> list[list[User]]:
+    """The wanted users in packs, users of like history lengths together, by id where those are equal.
+
+    Packs are of one size (but for one user more or less), at most `users_per_pack`, and as many for each actor.
+    """
     chosen = set(wanted)
     found = sorted((u for u in users if u.id in chosen), key=lambda u: (len(u.history), u.id))
-    return [found[i : i + size] for i in range(0, len(found), size)]
+    rounds = math.ceil(len(found) / (config.users_per_pack * config.actors))
+    packs = min(len(found), rounds * config.actors)
+    return [found[len(found) * n // packs : len(found) * (n + 1) // packs] for n in range(packs)]
 
 
 def adapter_bytes(adapter: Adapter) -> int:

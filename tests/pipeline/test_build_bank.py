@@ -13,7 +13,7 @@ import torch
 from mta_ray.artifacts import open_artifact
 from mta_ray.lora.bank import load_bank
 from mta_ray.personalize.training import TrainConfig
-from mta_ray.pipeline.adapt_users import AdaptUsersConfig, adapt_users, read_states
+from mta_ray.pipeline.adapt_users import ActorConfig, AdaptUsersConfig, adapt_users, packs_of, read_states
 from mta_ray.pipeline.base_model import open_base
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
@@ -116,6 +116,16 @@ def test_states_hold_a_route_and_a_stack_for_each_tested_user(taught):
         assert any(f.up.any() for f in state.stack.factors.values())
         # 12 modules of 384 × 384, rank 1, 2 bytes a number; 2 anchors at 4 bytes each.
         assert state.bytes == 12 * 2 * 384 * 2 + 8
+
+
+@pytest.mark.parametrize(("users", "sizes"), [(30, [7, 8, 7, 8]), (16, [8, 8]), (1, [1]), (17, [4, 4, 4, 5]), (0, [])])
+def test_packs_are_even_and_every_actor_has_as_many(users, sizes):
+    people = [simulate_user(WORLD, number) for number in range(users)]
+    packs = packs_of(people, [user.id for user in people], ActorConfig(actors=2, users_per_pack=8))
+    assert [len(pack) for pack in packs] == sizes
+    lengths = [len(user.history) for pack in packs for user in pack]
+    assert lengths == sorted(len(user.history) for user in people)
+    assert packs_of(people, [], ActorConfig()) == []
 
 
 def test_a_bank_of_another_base_is_refused(taught):
