@@ -126,9 +126,8 @@ class Banks:
     def get(self, version: str) -> PublishedBank:
         """The bank of that version, with what is retired of it."""
         with self.database.reading() as connection:
-            row = connection.execute(
-                sa.select(banks, bank_state.c.active_version).where(banks.c.version == version)
-            ).first()
+            active = sa.select(bank_state.c.active_version).scalar_subquery().label("active_version")
+            row = connection.execute(sa.select(banks, active).where(banks.c.version == version)).first()
             if row is None:
                 raise UnknownBank(f"no bank of version {version} is published")
             slots = connection.execute(

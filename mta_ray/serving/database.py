@@ -70,7 +70,8 @@ class Database:
     ) -> int:
         """Insert rows but those whose key is there; how many went in (of one row)."""
         insert = insert_sqlite if self.is_sqlite else insert_postgresql
-        return connection.execute(insert(table).on_conflict_do_nothing(), rows).rowcount
+        statement = insert(table).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+        return connection.execute(statement, rows).rowcount
 
     def forget_pages(self) -> None:
         """After a deletion: write the log back, so that the file holds nothing of what is gone.
@@ -163,7 +164,7 @@ def _use_log(connection: sqlite3.Connection, timeout_s: float) -> None:
 
 def _open_postgresql(url: sa.URL, config: DatabaseConfig) -> sa.Engine:
     timeout_ms = int(config.busy_timeout_s * 1000)
-    return sa.create_engine(
+    engine = sa.create_engine(
         url,
         pool_size=config.connections,
         max_overflow=0,
@@ -171,3 +172,12 @@ def _open_postgresql(url: sa.URL, config: DatabaseConfig) -> sa.Engine:
         hide_parameters=True,
         connect_args={"connect_timeout": 10, "options": f"-c lock_timeout={timeout_ms}", "application_name": "mta_ray"},
     )
+
+    @sa.event.listens_for(engine, "handle_error")
+    def hide_row(context: sa.engine.ExceptionContext) -> None:
+        """The server's DETAIL quotes the row."""
+        for error in (context.original_exception, context.sqlalchemy_exception):
+            if error is not None and error.args:
+                error.args = (str(error.args[0]).split("\nDETAIL")[0], *error.args[1:])
+
+    return engine
