@@ -148,6 +148,7 @@ from mta_ray.serving.database import *
 from mta_ray.serving.stack_queue import *
 queue = StackQueue(open_database(DatabaseConfig(url=sys.argv[1])), QueueConfig(lease_s=float(sys.argv[2])))
 print("ready", flush=True)
+sys.stdin.readline()
 while jobs := queue.claim(3):
     print(json.dumps([job.user.id for job in jobs]), flush=True)
     if len(sys.argv) > 3:
@@ -167,6 +168,8 @@ def test_claimers_in_threads_and_processes_never_get_the_same_job(
     processes = [run_python(WORKER, "60") for _ in range(2)]
     for process in processes:
         assert process.stdout.readline() == "ready\n", process.stderr.read()
+    for process in processes:
+        print(file=process.stdin, flush=True)
     took: list[str] = []
 
     def claim() -> None:
@@ -179,9 +182,9 @@ def test_claimers_in_threads_and_processes_never_get_the_same_job(
     for thread in threads:
         thread.join()
     for process in processes:
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-        took += [name for line in out.splitlines() for name in json.loads(line)]
+        theirs = [name for line in process.stdout for name in json.loads(line)]
+        assert process.wait(timeout=60) == 0, process.stderr.read()
+        took += theirs
     # PostgreSQL passes over rows that another claimer looks at: what is left over is there for the next call
     took += [job.user.id for job in queue.claim(150)]
     assert sorted(took) == sorted(waiting)
@@ -197,6 +200,7 @@ def test_the_job_of_a_killed_worker_comes_back_after_its_lease(
     queue.enqueue(ANA)
     worker = run_python(WORKER, "1.5", "then sleep")
     assert worker.stdout.readline() == "ready\n", worker.stderr.read()
+    print(file=worker.stdin, flush=True)
     assert json.loads(worker.stdout.readline()) == ["ana"]
     taken_s = time.monotonic()
     worker.kill()
