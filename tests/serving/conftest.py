@@ -110,7 +110,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 
 @pytest.fixture
 def database(database_url: str, clock: Clock) -> Iterator[Database]:
-    opened = open_database(DatabaseConfig(url=database_url), clock=clock)
+    opened = open_database(DatabaseConfig(url=database_url, busy_timeout_s=60.0), clock=clock)
     yield opened
     opened.close()
 

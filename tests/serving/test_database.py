@@ -36,7 +36,7 @@ def test_migrations_are_numbered_and_done_once(database: Database, database_url:
     assert [migration.number for migration in MIGRATIONS] == list(range(1, len(MIGRATIONS) + 1))
     with database.writing() as connection:
         assert migrate(connection, 0.0) == 0
-    open_database(DatabaseConfig(url=database_url)).close()
+    open_database(DatabaseConfig(url=database_url, busy_timeout_s=60.0)).close()
 
 
 def test_a_database_of_an_older_program_is_brought_forward_with_its_data(database: Database) -> None:
@@ -63,7 +63,7 @@ def test_a_database_of_a_newer_program_is_refused(database: Database, database_u
     with database.writing() as connection:
         connection.execute(sa.text("INSERT INTO schema_versions VALUES (1000, 0)"))
     with pytest.raises(ValueError, match="1000.*upgrade mta_ray"):
-        open_database(DatabaseConfig(url=database_url))
+        open_database(DatabaseConfig(url=database_url, busy_timeout_s=60.0))
 
 
 def test_processes_that_start_at_once_make_one_database(database_url: str, run_python: Callable[..., Any]) -> None:
@@ -71,13 +71,13 @@ def test_processes_that_start_at_once_make_one_database(database_url: str, run_p
 import sys, time
 from mta_ray.serving.database import *
 time.sleep(max(0, float(sys.argv[2]) - time.time()))
-with open_database(DatabaseConfig(url=sys.argv[1])).reading() as connection:
+with open_database(DatabaseConfig(url=sys.argv[1], busy_timeout_s=60.0)).reading() as connection:
     print(connection.exec_driver_sql("SELECT count(*) FROM schema_versions").scalar())
 """
     start_at_s = time.time() + 2.5
     processes = [run_python(code, str(start_at_s)) for _ in range(6)]
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
         assert (out, process.returncode) == (f"{len(MIGRATIONS)}\n", 0), err
 
 

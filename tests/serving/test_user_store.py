@@ -437,7 +437,7 @@ def test_appends_of_many_threads_and_processes_are_all_kept(
     code = """
 import sys; sys.path.insert(0, sys.argv[2])
 from test_user_store import *
-store = UserStore(open_database(DatabaseConfig(url=sys.argv[1])))
+store = UserStore(open_database(DatabaseConfig(url=sys.argv[1], busy_timeout_s=60.0)))
 for n in range(10):
     add(store, ANA, items(1, int(sys.argv[3]) + n))
 """
@@ -451,7 +451,7 @@ for n in range(10):
     for thread in threads:
         thread.join()
     for process in processes:
-        assert process.wait(timeout=60) == 0, process.stderr.read()
+        assert process.wait(timeout=180) == 0, process.stderr.read()
 
     history = store.read_history(ANA)
     assert sorted(item.id for item in history) == sorted(f"i{s + n}" for s in range(100, 501, 100) for n in range(10))
@@ -556,7 +556,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_store(
     code = """
 import sys; sys.path.insert(0, sys.argv[2])
 from test_user_store import *
-database = open_database(DatabaseConfig(url=sys.argv[1]))
+database = open_database(DatabaseConfig(url=sys.argv[1], busy_timeout_s=60.0))
 store = UserStore(database)
 print("ready", flush=True)
 for n in range(100_000):
