@@ -59,7 +59,7 @@ def test_tokens_without_probability_are_never_drawn():
 def test_rows_that_are_not_finite_are_told_apart():
     logits = torch.zeros(4, 5)
     logits[1, 2], logits[2, 3], logits[3] = float("nan"), float("inf"), float("-inf")
-    got = choose_tokens(logits, [Sampling(temperature=t, logprobs=1) for t in (0, 0, 1.0, 1.0)], [0.5] * 4)
+    got = choose_tokens(logits, [Sampling(temperature=t, logprobs=1) for t in (0.0, 0.0, 1.0, 1.0)], [0.5] * 4)
     assert [choice.is_finite for choice in got] == [True, False, False, False]
 
 
@@ -68,7 +68,7 @@ def test_a_tiny_temperature_is_greedy():
     assert choose_tokens(logits, [Sampling(temperature=1e-6)], [0.999])[0].token == 0
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"logprobs": 99}])
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"logprobs": 99}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)
