@@ -1,9 +1,13 @@
 """Continuous batching over a routed model: requests in, tokens out as they come, every request through its own routes.
 
 A step is plan, forward, choose, hand out. Requests join and leave between steps; prompts are read in chunks beside rows
-that decode. Plain Python, no Ray. Why not transformers' ContinuousBatchingManager: measured in
-evaluation/serving_benchmark.py (`ours_over_transformers`), and it has no seed or greedy choice of a request's own, it
-refuses nobody at once, its prefix sharing knows no adapters, and an error in a step stops it for all.
+that decode. Plain Python, no Ray.
+
+Why not transformers' ContinuousBatchingManager, which is as fast (`base_over_transformers` of
+evaluation/serving_benchmark.py): it samples all requests or none and has no seed of a request's own; a full queue
+blocks for ten seconds; its prefix sharing knows no adapters; an error in one step ends the loop for everybody; without
+flash attention every token is scored against every request's keys; and its internals were written anew between 5.17 and
+5.23, while we need no more of the library than its register of attention functions.
 """
 
 from __future__ import annotations
@@ -191,6 +195,16 @@ class Engine:
                         f"{module}: the adapter holds values that are not finite or above {LARGEST_FACTOR:g}"
                     )
         return self.between_steps(lambda: put(self.routed.layers, shelf, slot, adapter))
+
+    def wipe(self, shelf: str, slot: int) -> Future:
+        """Empty a slot between two steps (a deleted user's stack leaves the device)."""
+
+        def clear() -> None:
+            for layer in self.routed.layers.values():
+                layer.shelves[shelf].down[slot].zero_()
+                layer.shelves[shelf].up[slot].zero_()
+
+        return self.between_steps(clear)
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Every request's answer, in order, however many there are. Raises RequestFailed if one failed."""
