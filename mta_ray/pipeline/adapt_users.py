@@ -19,14 +19,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.bank import load_bank
 from mta_ray.lora.slots import Route
+from mta_ray.personalize.base_model import open_base, tokenised
 from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig, encode, route_users, stack_users
 from mta_ray.personalize.training import TrainConfig
-from mta_ray.pipeline.base_model import open_base, tokenised
-from mta_ray.pipeline.cluster import ClusterConfig, connect
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.prepare_users import read_users

@@ -12,9 +12,9 @@ import torch
 
 from mta_ray.artifacts import open_artifact
 from mta_ray.lora.bank import load_bank
+from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.training import TrainConfig
 from mta_ray.pipeline.adapt_users import ActorConfig, AdaptUsersConfig, adapt_users, packs_of, read_states
-from mta_ray.pipeline.base_model import open_base
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
 from mta_ray.pipeline.group import GroupConfig
