@@ -70,7 +70,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """No answer: an HTTP status and OpenAI's fields. Comes back as a value, so that no log quotes a client's request."""
+    """No answer: an HTTP status and OpenAI's fields. A value, not an exception: no log quotes what a client sent."""
 
     status: int
     message: str

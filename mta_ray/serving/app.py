@@ -1,0 +1,382 @@
+"""The Ray Serve application: OpenAI's endpoint and ours in front of the replicas, as `build_app(args)`.
+
+The ingress knows keys, limits and the wire format, and no model; it may run anywhere and in any number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve import Application
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from mta_ray.model.sampling import Sampling
+from mta_ray.serving.answers import (
+    END_OF_STREAM,
+    Model,
+    ModelList,
+    StackAccepted,
+    UserDeleted,
+    error_answer,
+    error_of,
+    to_event,
+    to_json,
+    user_view,
+)
+from mta_ray.serving.args import ServingArgs
+from mta_ray.serving.banks import Banks, UnknownBank
+from mta_ray.serving.database import open_database
+from mta_ray.serving.exchange import Ask, NewHistory, Part, Refused, Started, Stored
+from mta_ray.serving.identity import UserId
+from mta_ray.serving.keys import ApiKey, Bucket, InvalidKey, Keys, full_bucket, take
+from mta_ray.serving.replica import RETRY_AFTER_S, Replica
+from mta_ray.serving.schema import BadRequest, ChatRequest, CompletionRequest, HistoryRequest, parse, user_id
+from mta_ray.serving.stack_queue import StackQueue
+from mta_ray.serving.stacker import Stacker
+from mta_ray.serving.user_state import UserState
+from mta_ray.serving.user_store import UnknownUser, UserStore
+from mta_ray.serving.voices import ChatVoice, CompletionVoice, Voice
+from mta_ray.serving.wording import Turn
+from mta_ray.settings import settings_of
+
+log = logging.getLogger(__name__)
+BANK_HEADER = "x-mta-bank-version"
+READY_TIMEOUT_S = 5.0
+TRIES = 2
+"""Of a question whose replica died before it was admitted: once more, at another one."""
+CALLS_BESIDE = 32
+"""Histories and other short calls that a replica takes beside a full engine, which itself refuses one more question."""
+
+
+def build_app(args: ServingArgs) -> Application:
+    """The application of `import_path: mta_ray.serving.app:build_app`; Ray Serve hands `args` over as a mapping."""
+    if isinstance(args, Mapping):
+        args = settings_of(ServingArgs, args, source="args")
+    replica = serve.deployment(Replica).options(
+        name="Model",
+        num_replicas=args.replicas,
+        max_ongoing_requests=args.engine.max_requests + args.engine.max_waiting + CALLS_BESIDE,
+        max_queued_requests=args.engine.max_requests + args.engine.max_waiting,
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=60,
+        ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": args.gpus_per_replica},
+    )
+    stacker = serve.deployment(Stacker).options(
+        name="Stacker",
+        max_ongoing_requests=1,
+        autoscaling_config={"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1, "downscale_delay_s": 60},
+        ray_actor_options={"num_cpus": args.cpus_per_replica / 2, "num_gpus": args.gpus_per_replica / 2},
+    )
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(
+        name="Ingress", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1}
+    )
+    return ingress.bind(args, replica.bind(args), stacker.bind(args))
+
+
+class Ingress:
+    """The deployment that clients talk to."""
+
+    def __init__(self, args: ServingArgs, model: DeploymentHandle, stacker: DeploymentHandle) -> None:
+        self.args, self.limits = args, args.limits
+        self.model, self.stacker = model, stacker
+        database = open_database(args.database)
+        self.store, self.banks = UserStore(database, args.history), Banks(database)
+        self.keys, self.queue = Keys(database), StackQueue(database, args.queue)
+        self._has_keys = False
+        self._buckets: dict[str, Bucket] = {}
+        self._training: asyncio.Task[None] | None = None
+        self._started_s = int(time.time())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        app = FastAPI(title="mta_ray", docs_url=None, redoc_url=None)
+        for kind in (BadRequest, HTTPException, UnknownUser, BackPressureError, RayActorError, Exception):
+            app.add_exception_handler(kind, self._told)
+        add = app.add_api_route
+        add("/healthz", self.healthz, methods=["GET"])
+        add("/readyz", self.readyz, methods=["GET"])
+        add("/v1/models", self.models, methods=["GET"])
+        add("/v1/chat/completions", self.chat, methods=["POST"])
+        add("/v1/completions", self.completions, methods=["POST"])
+        add("/v1/users/{user:path}/history", self.put_history, methods=["PUT"])
+        add("/v1/users/{user:path}/stack", self.ask_stack, methods=["POST"])
+        add("/v1/users/{user:path}", self.read_user, methods=["GET"])
+        add("/v1/users/{user:path}", self.delete_user, methods=["DELETE"])
+        return app
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve: users who wait for a stack after a restart are not forgotten."""
+        await self._train_if_asked()
+
+    # ---- OpenAI's
+
+    async def chat(self, request: Request) -> Response:
+        tenant = await self._tenant(request)
+        body = parse(ChatRequest, await self._body(request), self.limits)
+        turns = tuple(Turn(role=message.role, text=message.text) for message in body.messages)
+        voice = ChatVoice(id=f"chatcmpl-{secrets.token_hex(12)}", model=body.model, created=int(time.time()))
+        return await self._answer(body, self._ask(body, tenant, turns=turns), voice)
+
+    async def completions(self, request: Request) -> Response:
+        tenant = await self._tenant(request)
+        body = parse(CompletionRequest, await self._body(request), self.limits)
+        voice = CompletionVoice(id=f"cmpl-{secrets.token_hex(12)}", model=body.model, created=int(time.time()))
+        return await self._answer(body, self._ask(body, tenant, text=body.text), voice)
+
+    async def models(self, request: Request) -> Response:
+        await self._tenant(request)
+        return await self._json(ModelList(data=[Model(id=self.args.model_name, created=self._started_s)]))
+
+    # ---- users
+
+    async def put_history(self, user: str, request: Request) -> Response:
+        who = await self._who(user, request)
+        body = parse(HistoryRequest, await self._body(request), self.limits)
+        new = NewHistory(
+            user=who,
+            items=tuple(body.history_items()),
+            task=body.task,
+            replaces=body.mode == "replace",
+            expected_version=body.expected_version,
+        )
+        stored: Stored | Refused = await self._at_home(who).put_history.remote(new)
+        if isinstance(stored, Refused):
+            return self._refusal(stored)
+        return await self._view(stored.state)
+
+    async def read_user(self, user: str, request: Request) -> Response:
+        who = await self._who(user, request)
+        return await self._view(await asyncio.to_thread(self.store.read, who))
+
+    async def delete_user(self, user: str, request: Request) -> Response:
+        who = await self._who(user, request)
+        was_anchor = await asyncio.to_thread(self.store.delete, who)
+        await self.model.broadcast("forget", who).results_async()
+        if was_anchor:
+            await self.model.reroute.remote(who)
+        return await self._json(UserDeleted(id=who.id, was_anchor=was_anchor))
+
+    async def ask_stack(self, user: str, request: Request) -> Response:
+        who = await self._who(user, request)
+        await asyncio.to_thread(self.queue.enqueue, who)
+        status = await asyncio.to_thread(self.queue.status, who)
+        await self._train_if_asked()
+        return await self._json(StackAccepted(id=who.id, status=status), status=202)
+
+    # ---- the machine's
+
+    async def healthz(self) -> Response:
+        return Response(b'{"status":"ok"}', media_type="application/json")
+
+    async def readyz(self) -> Response:
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                version = await self.model.bank_version.remote()
+        except (TimeoutError, RayActorError, BackPressureError):
+            return self._refusal(Refused(status=503, message="no replica answers yet", retry_after_s=RETRY_AFTER_S))
+        return Response(b'{"status":"ready"}', media_type="application/json", headers={BANK_HEADER: version})
+
+    # ---- who asks, and how much
+
+    async def _tenant(self, request: Request) -> str:
+        """Whose users the request may name. Raises BadRequest: 401, 403 or 429."""
+        if not self._has_keys:
+            self._has_keys = await asyncio.to_thread(self.keys.are_configured)
+        if not self._has_keys:
+            if not _is_local(request):
+                message = "no API key is configured, so only this machine is served; make one with `mta keys make`"
+                raise BadRequest(message, status=403, code="no_key_configured")
+            return self.args.tenant
+        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        try:
+            if scheme.lower() != "bearer":
+                raise InvalidKey
+            key = await asyncio.to_thread(self.keys.verify, secret.strip())
+        except InvalidKey:
+            raise BadRequest("invalid API key", status=401, code="invalid_api_key") from None
+        self._spend(key)
+        return key.tenant
+
+    def _spend(self, key: ApiKey) -> None:
+        now_s = time.monotonic()
+        bucket = self._buckets.get(key.key_id) or full_bucket(key.requests_per_minute, now_s)
+        self._buckets[key.key_id], wait_s = take(bucket, key.requests_per_minute, now_s)
+        if wait_s:
+            error = BadRequest("too many requests for this key", status=429, code="rate_limit_exceeded")
+            error.retry_after_s = max(1, round(wait_s + 0.5))
+            raise error
+
+    async def _who(self, user: str, request: Request) -> UserId:
+        tenant = await self._tenant(request)
+        return UserId(tenant=tenant, id=user_id(user, self.limits))
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, read no further than is allowed."""
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.limits.body_mib * 2**20:
+                message = f"the body is larger than {self.limits.body_mib:g} MiB"
+                raise BadRequest(message, status=413, code="body_too_large")
+        return bytes(body)
+
+    # ---- questions
+
+    def _ask(
+        self,
+        body: ChatRequest | CompletionRequest,
+        tenant: str,
+        *,
+        turns: tuple[Turn, ...] = (),
+        text: str | None = None,
+    ) -> Ask:
+        if body.model != self.args.model_name:
+            message = f"there is no model of this name; this one is called {self.args.model_name}"
+            raise BadRequest(message, status=404, param="model", code="model_not_found")
+        given = None if _tokens_wanted(body) is None else body.tokens_allowed(self.limits)
+        return Ask(
+            user=None if body.user is None else UserId(tenant=tenant, id=body.user),
+            turns=turns,
+            text=text,
+            max_tokens=given,
+            sampling=Sampling(
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                seed=body.seed,
+                logprobs=body.logprobs_wanted,
+            ),
+            stops=body.stops,
+        )
+
+    async def _answer(self, body: ChatRequest | CompletionRequest, ask: Ask, voice: Voice) -> Response:
+        events = self._events(ask)
+        started = await anext(events)
+        if isinstance(started, Refused):
+            return self._refusal(started)
+        assert isinstance(started, Started)
+        headers = {BANK_HEADER: started.bank_version}
+        if body.stream:
+            told = _as_events(events, voice, started.prompt_tokens if body.wants_usage else None)
+            return StreamingResponse(told, media_type="text/event-stream", headers=headers)
+        parts: list[Part] = []
+        async for event in events:
+            if isinstance(event, Refused):
+                return self._refusal(event)
+            assert isinstance(event, Part)
+            parts.append(event)
+        return Response(
+            to_json(voice.whole(parts, started.prompt_tokens)), media_type="application/json", headers=headers
+        )
+
+    async def _events(self, ask: Ask) -> AsyncIterator[Started | Part | Refused]:
+        """What the replica says. Closed early (the client is gone), the request is cancelled there."""
+        for tries_left in reversed(range(TRIES)):
+            answer = self._at_home(ask.user).options(stream=True).generate.remote(ask)
+            has_begun = False
+            try:
+                async for event in answer:
+                    has_begun = True
+                    yield event
+                return
+            except RayActorError:
+                if has_begun or not tries_left:
+                    raise
+            finally:
+                answer.cancel()
+
+    def _at_home(self, user: UserId | None) -> DeploymentHandle:
+        """The replica that has the user's stack, or any. The id is a hash: names are no part of Ray's state."""
+        return self.model if user is None else self.model.options(multiplexed_model_id=user.digest.hex()[:32])
+
+    async def _train_if_asked(self) -> None:
+        """See to it that a trainer runs while users wait; Ray Serve starts one for the call, and ends it after."""
+        if self._training is not None and not self._training.done():
+            return
+        if await asyncio.to_thread(self.queue.waiting):
+            self._training = asyncio.create_task(self._train())
+
+    async def _train(self) -> None:
+        try:
+            while await asyncio.to_thread(self.queue.waiting):
+                await self.stacker.train.remote()
+        except (RayActorError, BackPressureError) as error:  # its users wait on, until the next health check
+            log.warning("the stacks' trainer is gone: %s", type(error).__name__)
+
+    # ---- what goes out
+
+    async def _json(self, answer: BaseModel, *, status: int = 200) -> Response:
+        version = (await asyncio.to_thread(self.banks.state)).active_version
+        headers = {BANK_HEADER: version} if version else {}
+        return Response(to_json(answer), status, media_type="application/json", headers=headers)
+
+    async def _view(self, state: UserState) -> Response:
+        def build() -> BaseModel:
+            active = self.banks.state().active_version
+            slots: dict[UserId, int] = {}
+            with suppress(UnknownBank):
+                if state.route is not None:
+                    bank = self.banks.get(state.route.bank_version)
+                    slots = {a: s for s, a in enumerate(bank.bank.anchors) if s not in bank.retired_slots}
+            return user_view(state, slots=slots, active_bank=active, stack_status=self.queue.status(state.user))
+
+        return await self._json(await asyncio.to_thread(build))
+
+    async def _told(self, request: Request, error: Exception) -> Response:
+        """Every error of every endpoint, in OpenAI's shape."""
+        if isinstance(error, BadRequest):
+            retry = {"retry-after": str(error.retry_after_s)} if error.retry_after_s else {}
+            return Response(error_of(error).body(), error.status, media_type="application/json", headers=retry)
+        if isinstance(error, UnknownUser):
+            return self._refusal(Refused(status=404, message="no such user", param="user", code="user_not_found"))
+        if isinstance(error, HTTPException):
+            return self._refusal(Refused(status=error.status_code, message=str(error.detail)))
+        if isinstance(error, (BackPressureError, RayActorError)):
+            message = "the server is busy; send the request again"
+            return self._refusal(Refused(status=503, message=message, code="busy", retry_after_s=RETRY_AFTER_S))
+        return self._refusal(Refused(status=500, message="something went wrong here", code="internal_error"))
+
+    def _refusal(self, refused: Refused) -> Response:
+        answer = error_answer(refused.status, refused.message, param=refused.param, code=refused.code)
+        headers = {"retry-after": str(refused.retry_after_s)} if refused.retry_after_s else {}
+        return Response(answer.body(), refused.status, media_type="application/json", headers=headers)
+
+
+async def _as_events(
+    events: AsyncIterator[Started | Part | Refused], voice: Voice, prompt_tokens: int | None
+) -> AsyncIterator[bytes]:
+    """A stream of OpenAI's chunks. `prompt_tokens`: the last one tells the usage."""
+    tokens = 0
+    async for event in events:
+        if isinstance(event, Refused):
+            answer = error_answer(event.status, event.message, param=event.param, code=event.code)
+            yield b"data: " + answer.body() + b"\n\n"
+            return
+        if isinstance(event, Part):
+            tokens = event.tokens
+            yield to_event(voice.chunk(event))
+    if prompt_tokens is not None:
+        yield to_event(voice.last(prompt_tokens, tokens))
+    yield END_OF_STREAM
+
+
+def _tokens_wanted(body: ChatRequest | CompletionRequest) -> int | None:
+    return getattr(body, "max_completion_tokens", None) or body.max_tokens
+
+
+def _is_local(request: Request) -> bool:
+    try:
+        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
