@@ -10,8 +10,8 @@ import ipaddress
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, suppress
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
@@ -280,21 +280,24 @@ class Ingress:
             to_json(voice.whole(parts, started.prompt_tokens)), media_type="application/json", headers=headers
         )
 
-    async def _events(self, ask: Ask) -> AsyncIterator[Started | Part | Refused]:
+    async def _events(self, ask: Ask) -> AsyncGenerator[Started | Part | Refused, None]:
         """What the replica says. Closed early (the client is gone), the request is cancelled there."""
         for tries_left in reversed(range(TRIES)):
             answer = self._at_home(ask.user).options(stream=True).generate.remote(ask)
-            has_begun = False
+            has_begun = is_over = False
             try:
                 async for event in answer:
                     has_begun = True
                     yield event
+                is_over = True
                 return
             except RayActorError:
+                is_over = True
                 if has_begun or not tries_left:
                     raise
             finally:
-                answer.cancel()
+                if not is_over:
+                    answer.cancel()
 
     def _at_home(self, user: UserId | None) -> DeploymentHandle:
         """The replica that has the user's stack, or any. The id is a hash: names are no part of Ray's state."""
@@ -354,18 +357,19 @@ class Ingress:
 
 
 async def _as_events(
-    events: AsyncIterator[Started | Part | Refused], voice: Voice, prompt_tokens: int | None
+    events: AsyncGenerator[Started | Part | Refused, None], voice: Voice, prompt_tokens: int | None
 ) -> AsyncIterator[bytes]:
     """A stream of OpenAI's chunks. `prompt_tokens`: the last one tells the usage."""
     tokens = 0
-    async for event in events:
-        if isinstance(event, Refused):
-            answer = error_answer(event.status, event.message, param=event.param, code=event.code)
-            yield b"data: " + answer.body() + b"\n\n"
-            return
-        if isinstance(event, Part):
-            tokens = event.tokens
-            yield to_event(voice.chunk(event))
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Refused):
+                answer = error_answer(event.status, event.message, param=event.param, code=event.code)
+                yield b"data: " + answer.body() + b"\n\n"
+                return
+            if isinstance(event, Part):
+                tokens = event.tokens
+                yield to_event(voice.chunk(event))
     if prompt_tokens is not None:
         yield to_event(voice.last(prompt_tokens, tokens))
     yield END_OF_STREAM
