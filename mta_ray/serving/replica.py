@@ -363,7 +363,8 @@ class Speaker:
         """What can be sent after this piece; none where no text is certain yet."""
         if piece.finish == "cancelled":
             raise RequestFailed("the engine was closed")
-        text, told = "", ()
+        text = ""
+        told: tuple[ToldToken, ...] = ()
         if piece.token is not None:
             self.tokens += 1
             text = self._stream.push(piece.token)
