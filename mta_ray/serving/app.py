@@ -10,8 +10,8 @@ import ipaddress
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, contextmanager, suppress
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
@@ -102,7 +102,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = FastAPI(title="mta_ray", docs_url=None, redoc_url=None)
-        for kind in (BadRequest, HTTPException, UnknownUser, BackPressureError, RayActorError, Exception):
+        for kind in (BadRequest, HTTPException, UnknownUser, Exception):
             app.add_exception_handler(kind, self._told)
         add = app.add_api_route
         add("/healthz", self.healthz, methods=["GET"])
@@ -151,7 +151,8 @@ class Ingress:
             replaces=body.mode == "replace",
             expected_version=body.expected_version,
         )
-        stored: Stored | Refused = await self._at_home(who).put_history.remote(new)
+        with _busy_is_told():
+            stored: Stored | Refused = await self._at_home(who).put_history.remote(new)
         if isinstance(stored, Refused):
             return self._refusal(stored)
         return await self._view(stored.state)
@@ -165,7 +166,8 @@ class Ingress:
         was_anchor = await asyncio.to_thread(self.store.delete, who)
         await self.model.broadcast("forget", who).results_async()
         if was_anchor:
-            await self.model.reroute.remote(who)
+            with _busy_is_told():  # whoever cites the anchor is routed anew by the next request, too
+                await self.model.reroute.remote(who)
         return await self._json(UserDeleted(id=who.id, was_anchor=was_anchor))
 
     async def ask_stack(self, user: str, request: Request) -> Response:
@@ -294,7 +296,10 @@ class Ingress:
             except RayActorError:
                 is_over = True
                 if has_begun or not tries_left:
-                    raise
+                    raise _busy() from None
+            except BackPressureError:
+                is_over = True
+                raise _busy() from None
             finally:
                 if not is_over:
                     answer.cancel()
@@ -345,9 +350,6 @@ class Ingress:
             return self._refusal(Refused(status=404, message="no such user", param="user", code="user_not_found"))
         if isinstance(error, HTTPException):
             return self._refusal(Refused(status=error.status_code, message=str(error.detail)))
-        if isinstance(error, (BackPressureError, RayActorError)):
-            message = "the server is busy; send the request again"
-            return self._refusal(Refused(status=503, message=message, code="busy", retry_after_s=RETRY_AFTER_S))
         return self._refusal(Refused(status=500, message="something went wrong here", code="internal_error"))
 
     def _refusal(self, refused: Refused) -> Response:
@@ -356,20 +358,37 @@ class Ingress:
         return Response(answer.body(), refused.status, media_type="application/json", headers=headers)
 
 
+@contextmanager
+def _busy_is_told() -> Iterator[None]:
+    """No replica took the call, or it died at it: 503, to be sent again. (Ray Serve would tell it in its own words.)"""
+    try:
+        yield
+    except (BackPressureError, RayActorError):
+        raise _busy() from None
+
+
+def _busy() -> BadRequest:
+    error = BadRequest("the server is busy; send the request again", status=503, code="busy")
+    error.retry_after_s = RETRY_AFTER_S
+    return error
+
+
 async def _as_events(
     events: AsyncGenerator[Started | Part | Refused, None], voice: Voice, prompt_tokens: int | None
 ) -> AsyncIterator[bytes]:
     """A stream of OpenAI's chunks. `prompt_tokens`: the last one tells the usage."""
     tokens = 0
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, Refused):
-                answer = error_answer(event.status, event.message, param=event.param, code=event.code)
-                yield b"data: " + answer.body() + b"\n\n"
-                return
-            if isinstance(event, Part):
-                tokens = event.tokens
-                yield to_event(voice.chunk(event))
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Refused):
+                    raise BadRequest(event.message, status=event.status, param=event.param, code=event.code)
+                if isinstance(event, Part):
+                    tokens = event.tokens
+                    yield to_event(voice.chunk(event))
+    except BadRequest as error:  # the status has been sent; the official client raises this one
+        yield b"data: " + error_of(error).body() + b"\n\n"
+        return
     if prompt_tokens is not None:
         yield to_event(voice.last(prompt_tokens, tokens))
     yield END_OF_STREAM

@@ -44,7 +44,7 @@ class Prompts:
 
     def of_text(self, text: str, max_new_tokens: int) -> tuple[int, ...]:
         """A text to go on with, as it is."""
-        return self._fitting(whole_prompt_ids(self.backbone, text), max_new_tokens)
+        return self._fitting(whole_prompt_ids(self.backbone, text), max_new_tokens, "prompt")
 
     def of_chat(self, turns: Sequence[Turn], history: Sequence[HistoryItem], max_new_tokens: int) -> tuple[int, ...]:
         """A chat, worded as the model was taught.
@@ -56,7 +56,7 @@ class Prompts:
             messages = [{"role": turn.role, "content": turn.text} for turn in turns]
             text = self.backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = self.backbone.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return self._fitting(list(ids), max_new_tokens)
+            return self._fitting(list(ids), max_new_tokens, "messages")
         question = next((turn.text for turn in reversed(turns) if turn.role == "user"), None)
         if question is None:
             raise BadRequest("messages hold none of role user: nothing is asked", param="messages")
@@ -78,7 +78,7 @@ class Prompts:
         )
         room = self.backbone.max_tokens - self.max_tokens + max_new_tokens
         if self.max_tokens - max_new_tokens < 1:
-            self._fitting([], max_new_tokens)
+            self._fitting([], max_new_tokens, "max_tokens")
         return tuple(prompt_ids(self.backbone, example.prompt, room=room))
 
     def new_tokens(self, wanted: int | None, default: int) -> int:
@@ -95,14 +95,14 @@ class Prompts:
             wording = replace(wording, task=task_named(task), labels=task_named(task).labels)
         return tokenised(self.backbone, wording.history(User(id="", task=task, history=tuple(history))))
 
-    def _fitting(self, ids: list[int], max_new_tokens: int) -> tuple[int, ...]:
+    def _fitting(self, ids: list[int], max_new_tokens: int, param: str) -> tuple[int, ...]:
         if len(ids) + max_new_tokens > self.max_tokens:
             raise BadRequest(
                 f"the prompt has {len(ids)} tokens and {max_new_tokens} more were asked for; the model takes "
                 f"{self.max_tokens} together",
-                param="messages",
+                param=param,
                 code="context_length_exceeded",
             )
         if not ids:
-            raise BadRequest("the prompt is empty", param="prompt")
+            raise BadRequest("the prompt is empty", param=param)
         return tuple(ids)

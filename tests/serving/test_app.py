@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -176,7 +177,7 @@ def service(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def put(http: httpx.Client, user: str, films: list[str], **more) -> httpx.Response:
     items = [{"description": film, "tag": "sci-fi"} for film in films]
-    return http.put(f"/v1/users/{user}/history", json={"task": "LaMP-2", "items": items, **more})
+    return http.put(f"/v1/users/{quote(user, safe='')}/history", json={"task": "LaMP-2", "items": items, **more})
 
 
 def say(service: Service, user: str | None, *, tenant: str = "acme", tokens: int = 12, **more) -> str:
@@ -198,7 +199,7 @@ def weights_of(service: Service, films: list[str], anchors: tuple[int, ...] = (0
     """The method's formula: mean of unit item vectors, centred, unit; softmax of cosines / 0.1 over the anchors."""
     if not films:
         return {anchor: 1 / len(anchors) for anchor in anchors}
-    vectors = Encoder().encode([f"tag: sci-fi movie: {film}" for film in films])
+    vectors = Encoder().encode([f"tag: sci-fi description: {film}" for film in films])
     mean = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).mean(axis=0) - service.bank.center
     cosines = service.bank.embeddings[list(anchors)] @ (mean / np.linalg.norm(mean))
     shares = np.exp(cosines / 0.1)
@@ -221,7 +222,7 @@ def told_by_peft(service: Service, weights: dict[int, float], *, stack: Adapter 
     folder = service.folder / f"peft-{time.monotonic_ns()}"
     model = PeftModel.from_pretrained(model, save_peft(fused, folder, base_model=str(service.folder / "model"))).eval()
     tokenizer = AutoTokenizer.from_pretrained(service.folder / "model")
-    ids = tokenizer(f"movie: {QUESTION} tag:")["input_ids"][:-1]
+    ids = tokenizer(f"description: {QUESTION} tag:")["input_ids"][:-1]
     out = model.generate(
         input_ids=torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, eos_token_id=102, pad_token_id=0
     )
@@ -265,12 +266,12 @@ def test_streaming_says_the_same(service: Service) -> None:
     assert stopped.choices[0].finish_reason == "stop"
 
     text = client.completions.create(
-        model="mta", prompt=f"movie: {QUESTION} tag:", user="ann", max_tokens=12, temperature=0, logprobs=1
+        model="mta", prompt=f"description: {QUESTION} tag:", user="ann", max_tokens=12, temperature=0, logprobs=1
     )
     assert text.choices[0].text.strip() == whole.choices[0].message.content
     assert len(text.choices[0].logprobs.tokens) == 12
     streamed = client.completions.create(
-        model="mta", prompt=f"movie: {QUESTION} tag:", user="ann", max_tokens=12, temperature=0, stream=True
+        model="mta", prompt=f"description: {QUESTION} tag:", user="ann", max_tokens=12, temperature=0, stream=True
     )
     assert "".join(chunk.choices[0].text for chunk in streamed) == text.choices[0].text
     assert [model.id for model in client.models.list()] == ["mta"]
@@ -353,6 +354,10 @@ def test_a_full_queue_is_told_at_once(service: Service) -> None:
     assert sum(status == 200 for status, _, _ in told) >= 6
 
 
+def message(role: str) -> dict[str, str]:
+    return {"role": role, "content": "x"}
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "param"),
     [
@@ -377,7 +382,7 @@ def test_a_full_queue_is_told_at_once(service: Service) -> None:
         ("POST", "/v1/completions", {"model": "mta", "prompt": "x " * 300}, 400, "prompt"),
         ("POST", "/v1/completions", {"model": "mta", "prompt": "x", "user": ""}, 400, "user"),
         ("POST", "/v1/completions", b" " * 300_000, 413, None),
-        ("PUT", "/v1/users/x/history", {"items": [{"tag": "x"}], "task": "LaMP-2"}, 400, None),
+        ("PUT", "/v1/users/x/history", {"items": [{"description": "x"}], "task": "LaMP-2"}, 400, "items[0]"),
         ("PUT", "/v1/users/x/history", {"items": ["x"], "task": "LaMP-99"}, 400, "task"),
         ("GET", "/v1/users/no-one", None, 404, "user"),
         ("GET", "/v1/users/" + "x" * 300, None, 400, "user"),
