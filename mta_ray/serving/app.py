@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager, suppress
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
@@ -61,7 +62,7 @@ CALLS_BESIDE = 32
 """Histories and other short calls that a replica takes beside a full engine, which itself refuses one more question."""
 
 
-def build_app(args: ServingArgs) -> Application:
+def build_app(args: ServingArgs | Mapping[str, Any]) -> Application:
     """The application of `import_path: mta_ray.serving.app:build_app`; Ray Serve hands `args` over as a mapping."""
     if isinstance(args, Mapping):
         args = settings_of(ServingArgs, args, source="args")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -100,6 +100,7 @@ class Personaliser:
                     return Personal(served=served, route=None, state=state)
                 if route is not state.route and served.version == self._active:
                     self.store.set_route(user, route)
+                    state = replace(state, route=route)
             except Conflict:  # the history grew, or an anchor was retired: look again
                 self.follow()
                 continue

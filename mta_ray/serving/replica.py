@@ -22,7 +22,7 @@ from ray import serve
 from mta_ray.lora.adapter import Adapter, from_bytes
 from mta_ray.lora.slots import Route, check_fit
 from mta_ray.model.backbone import RoutedModel
-from mta_ray.model.engine import Engine, check_values
+from mta_ray.model.engine import Engine, EngineStats, check_values
 from mta_ray.model.requests import EngineClosed, Piece, QueueFull, Request, RequestFailed, Ticket
 from mta_ray.model.text_stream import TextStream
 from mta_ray.personalize.base_model import open_base
@@ -147,12 +147,14 @@ class Replica:
             self.meters.observe(place.run.engine.stats())
 
     async def put_history(self, new: NewHistory) -> Stored | Refused:
-        """New history, in force with the next request."""
+        """New history, in force with the next request; the route is computed here, so that the answer tells it."""
 
         def write() -> UserState:
-            return self.personaliser.put_history(
+            self.personaliser.follow()
+            state = self.personaliser.put_history(
                 new.user, new.items, task=new.task, replaces=new.replaces, expected_version=new.expected_version
             )
+            return self.personaliser.model_of(new.user).state or state
 
         try:
             return Stored(state=await asyncio.to_thread(write))
@@ -177,6 +179,10 @@ class Replica:
         """The bank that is served; answers only where the model is ready to."""
         await self._is_open.wait()
         return self.personaliser.served.version
+
+    async def engine_stats(self) -> EngineStats:
+        """How busy this replica is."""
+        return self._run.engine.stats()
 
     async def check_health(self) -> None:
         """Called by Ray Serve: what happened to banks, anchors and users is noticed without a request too."""

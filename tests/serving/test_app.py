@@ -162,7 +162,7 @@ def service(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         engine=EngineConfig(max_requests=4, max_waiting=2, max_tokens=200, max_step_tokens=64),
         stack=TrainConfig(rank=1, alpha=2.0, learning_rate=0.3, steps=2, examples_per_step=2),
         stack_slots=6,
-        limits=Limits(body_mib=0.25, default_tokens=12, max_tokens=150),
+        limits=Limits(body_mib=0.25, default_tokens=12, max_tokens=190),
     )
     port = _free_port("127.0.0.1")
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}, logging_config=LOGGING)
@@ -281,7 +281,7 @@ def test_tenants_never_meet(service: Service) -> None:
     with service.http("other") as http:
         assert http.get("/v1/users/ann").status_code == 404
         assert say(service, "ann", tenant="other") == say(service, None)
-        assert put(http, "ann", FILMS["bob"]).json()["anchors"] == []  # routed by the next request
+        assert put(http, "ann", FILMS["bob"]).json()["is_route_current"]
         assert say(service, "ann", tenant="other") == say(service, "bob") != say(service, "ann")
         theirs = http.get("/v1/users/ann").json()
         assert all("user" not in anchor for anchor in theirs["anchors"])  # another tenant's users have no name here
@@ -358,6 +358,21 @@ def message(role: str) -> dict[str, str]:
     return {"role": role, "content": "x"}
 
 
+def test_a_client_that_goes_away_takes_its_request_with_it(service: Service) -> None:
+    from ray import serve
+
+    handle = serve.get_deployment_handle("Model", "mta")
+    before = handle.engine_stats.remote().result().tokens
+    client = service.openai()
+    messages = [{"role": "user", "content": "go on"}]
+    for _ in range(4):
+        stream = client.chat.completions.create(model="mta", messages=messages, max_tokens=190, stream=True)
+        next(iter(stream))
+        stream.close()
+    until(lambda: handle.engine_stats.remote().result().running == 0)
+    assert handle.engine_stats.remote().result().tokens - before < 0.9 * 4 * 190
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "param"),
     [
@@ -378,7 +393,7 @@ def message(role: str) -> dict[str, str]:
             "messages",
         ),
         ("POST", "/v1/completions", {"model": "mta", "prompt": "x", "temperature": 9}, 400, "temperature"),
-        ("POST", "/v1/completions", {"model": "mta", "prompt": "x", "max_tokens": 151}, 400, "max_tokens"),
+        ("POST", "/v1/completions", {"model": "mta", "prompt": "x", "max_tokens": 191}, 400, "max_tokens"),
         ("POST", "/v1/completions", {"model": "mta", "prompt": "x " * 300}, 400, "prompt"),
         ("POST", "/v1/completions", {"model": "mta", "prompt": "x", "user": ""}, 400, "user"),
         ("POST", "/v1/completions", b" " * 300_000, 413, None),
@@ -467,6 +482,19 @@ def test_a_deleted_user_is_gone_and_a_deleted_anchor_serves_nobody(service: Serv
     assert say(service, "nobody-yet") == told_by_peft(service, weights_of(service, [], rest))
     bank = Banks(open_database(DatabaseConfig(url=service.store))).active()
     assert bank.needs_rebuild and bank.retired_slots == {1}
+
+
+def test_prometheus_is_told(service: Service) -> None:
+    [node] = ray.nodes()
+    wanted = ["time_to_first_token_ms_count", "time_per_output_token_ms_count", "personalise_ms_count"]
+    wanted += ["answer_tokens_total", "stack_misses_total", "waiting_requests", "batch_requests", "batch_users"]
+    say(service, "cid")
+
+    def are_there() -> bool:
+        told = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", trust_env=False).text
+        return all(f"ray_mta_{name}{{" in told for name in wanted)
+
+    until(are_there)
 
 
 def test_no_log_holds_a_key_a_prompt_or_a_history(service: Service) -> None:

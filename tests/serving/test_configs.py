@@ -37,8 +37,8 @@ def test_there_are_three_and_each_says_how_it_is_deployed() -> None:
 
 def test_a_wrong_argument_is_told_by_its_name() -> None:
     with pytest.raises(ValueError, match="'stack_slot'; did you mean 'stack_slots'"):
-        build_app({"stack_slot": 3})  # type: ignore[arg-type]
+        build_app({"stack_slot": 3})
     with pytest.raises(ValueError, match="stack_slots must be at least 1"):
-        build_app({"stack_slots": 0})  # type: ignore[arg-type]
+        build_app({"stack_slots": 0})
     with pytest.raises(ValueError, match="max_waiting"):
-        build_app({"engine": {"max_waiting": -1}})  # type: ignore[arg-type]
+        build_app({"engine": {"max_waiting": -1}})
