@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import shlex
+import signal
 import socket
 import threading
 from contextlib import closing
@@ -80,15 +81,17 @@ def serve_here(config: ServeConfig) -> str:
         needed = int(config.replicas * config.cpus_per_replica * 1.5 + 1)
         cluster = replace(cluster, cpus=max(needed, os.cpu_count() or 1))
     with connect(cluster):
-        serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": port}, logging_config=LOGGING)
+        _sigterm_as_interrupt()
         try:
+            http = {"host": config.host, "port": port}
+            serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LOGGING)
             serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config=LOGGING)
             print(_welcome(config, port, has_keys), flush=True)
             threading.Event().wait()
-        except (KeyboardInterrupt, SystemExit):
-            log.info("ending")
+        except KeyboardInterrupt:
+            log.info("ending, after the answers under way")
         finally:
-            serve.shutdown()
+            serve.delete(APP_NAME)  # no more: on a cluster that was joined, others may be served too
     return "ended"
 
 
@@ -115,6 +118,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _sigterm_as_interrupt() -> None:
+    """A polite kill is Ctrl-C again: Ray has put its own handler in place, which ends the process with a C++ trace."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def _adopt(config: ServeConfig, database: Database, fingerprint: str) -> None:
