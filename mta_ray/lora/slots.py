@@ -84,6 +84,8 @@ class Router:
     """Shelf name to the routing of the batch's rows. A shelf that is not named is not used."""
     kernel: Kernel | None = None
     """A fixed kernel for tests and benchmarks; None: chosen by shape."""
+    spread: Tensor | None = None
+    """(layers or 1, tokens, directions): the routes of packed tokens over joined shelves (lora/spread.py)."""
 
     @contextmanager
     def using(self, **routings: Routing | None) -> Iterator[None]:
@@ -92,6 +94,16 @@ class Router:
             yield
         finally:
             self.active = before
+
+    @contextmanager
+    def spreading(self, spread: Tensor | None) -> Iterator[None]:
+        """As `using`, for tokens packed as (1, tokens) and every joined shelf at once; None: the base model alone."""
+        before, self.spread = (self.active, self.spread), spread
+        self.active = {}
+        try:
+            yield
+        finally:
+            self.active, self.spread = before
 
 
 class Shelf(nn.Module):
@@ -114,12 +126,15 @@ class SlotLinear(nn.Module):
     Input is (rows, tokens, fan_in) with a routing of `rows` rows, or (1, tokens, fan_in) with a routing of `tokens`.
     """
 
-    def __init__(self, base: nn.Linear, *, name: str, router: Router) -> None:
+    def __init__(self, base: nn.Linear, *, name: str, router: Router, number: int = 0) -> None:
         super().__init__()
         self.base = base
         self.name = name
+        self.number = number
+        """Which of the model's adapted layers this is: its row of `Router.spread`."""
         self.router = router
         self.shelves = nn.ModuleDict()
+        self.joined: tuple[Tensor, Tensor] | None = None
 
     def add_shelf(self, shelf: str, *, slots: int, rank: int, scale: float) -> None:
         """Make (or replace) a shelf of empty slots; empty slots add nothing."""
@@ -132,11 +147,42 @@ class SlotLinear(nn.Module):
             scale=scale,
             like=weight,
         )
+        self.joined = None
+
+    def join(self, shelves: Sequence[str]) -> None:
+        """Lay the shelves' factors side by side, so that packed tokens need two matrix products for all of them.
+
+        The shelves stay what they were: their parameters become views, and `put` writes through. Join again after a
+        shelf was added or the model was moved.
+        """
+        rooms: list[Shelf] = [self.shelves[name] for name in shelves]  # type: ignore[misc]
+        down = torch.cat([room.down.detach().flatten(0, 1) for room in rooms])  # (directions, fan_in)
+        up = torch.cat([room.up.detach().flatten(0, 1) for room in rooms])  # (directions, fan_out)
+        start = 0
+        for room in rooms:
+            slots, rank = room.down.shape[:2]
+            end = start + slots * rank
+            room.down.data = down[start:end].view(slots, rank, -1)
+            room.up.data = up[start:end].view(slots, rank, -1)
+            start = end
+        self.joined = (down, up)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
+        if self.router.spread is not None:
+            return self._add_spread(y, x, self.router.spread)
         for shelf_name, routing in self.router.active.items():
             y = y + self._added(self.shelves[shelf_name], x, routing)  # type: ignore[arg-type]
+        return y
+
+    def _add_spread(self, y: Tensor, x: Tensor, spread: Tensor) -> Tensor:
+        if self.joined is None:
+            raise ValueError(f"{self.name}: its shelves are not joined; call join before packed tokens are routed")
+        down, up = self.joined
+        weights = spread[self.number if len(spread) > 1 else 0]  # (tokens, directions)
+        hidden = x[0] @ down.T
+        # In place: the engine runs without gradients, and this is the hot path.
+        y[0].addmm_(hidden.mul_(weights), up)
         return y
 
     def _added(self, shelf: Shelf, x: Tensor, routing: Routing) -> Tensor:

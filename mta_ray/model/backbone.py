@@ -146,9 +146,10 @@ class RoutedModel:
         self.layers: dict[str, SlotLinear] = {}
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        for name in target_modules(self.model, targets):
+        for number, name in enumerate(target_modules(self.model, targets)):
             parent_name, last = name.rsplit(".", 1)
-            layer = SlotLinear(self.model.get_submodule(name), name=name, router=self.router)  # type: ignore[arg-type]
+            base = self.model.get_submodule(name)
+            layer = SlotLinear(base, name=name, router=self.router, number=number)  # type: ignore[arg-type]
             setattr(self.model.get_submodule(parent_name), last, layer)
             self.layers[name] = layer
 
