@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -49,6 +50,13 @@ class ActorConfig:
     """GPUs of each."""
     users_per_pack: int = 16
     """Users whose adapters are trained at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("actors", "cpus", "users_per_pack"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.gpus < math.inf:
+            raise ValueError(f"gpus must be at least 0, got {self.gpus}")
 
     @property
     def device(self) -> str:
