@@ -58,6 +58,13 @@ class ActorConfig:
         if self.gpus < 0:
             raise ValueError(f"gpus must be at least 0, got {self.gpus}")
 
+    def __post_init__(self) -> None:
+        for name in ("actors", "cpus", "users_per_pack"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.gpus < math.inf:
+            raise ValueError(f"gpus must be at least 0, got {self.gpus}")
+
     @property
     def device(self) -> str:
         return "cuda" if self.gpus else "cpu"

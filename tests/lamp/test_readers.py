@@ -119,6 +119,7 @@ BAD = {
     "unknown wording: query[0].input": movie_user(query=[{"id": "1", "input": "Which?", "gold": "comedy"}]),
     "empty profile": movie_user(profile=[]),
     "duplicate id": movie_user("first"),
+    "duplicate id: query[1].id": movie_user(query=movie_user()["query"] * 2),
 }
 
 
