@@ -89,6 +89,8 @@ def train_base(config: TrainBaseConfig) -> str:
         config = located(config, "base_model")
     users = open_artifact(config.users, kind="users", verify=False)
     embeddings = open_artifact(config.embeddings, kind="embeddings", verify=False)
+    if embeddings.inputs.get("users") != users.hash:
+        raise ValueError(f"{config.embeddings} holds the embeddings of other users; run embed-users on {config.users}")
     settings = {
         k: v for k, v in jsonable(config).items() if k not in ("out", "force", "cluster", "users", "embeddings")
     }
