@@ -358,8 +358,9 @@ def test_a_stack_is_kept_byte_for_byte_under_a_version_that_never_repeats(store:
     clock.now_s += 1e-5
     store.delete(ANA)
     clock.now_s += 1e-5
-    assert add(store, ANA, items(1)).version > version
-    assert store.put_stack(ANA, stack(version)) > second
+    again = add(store, ANA, items(1)).version
+    assert again > version
+    assert store.put_stack(ANA, stack(again)) > second
 
 
 def test_a_stack_of_items_that_are_gone_is_refused(store: UserStore, clock: Any) -> None:
