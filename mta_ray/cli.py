@@ -24,13 +24,17 @@ OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One stage as the doors see it: a config dataclass, and a function from it to where the result lies."""
+    """One stage as the doors see it: a config dataclass, and a function from it to where the result lies.
+
+    Or one that `is_told`: then the function gives the text that is to be printed, and nothing is written beside it.
+    """
 
     name: str
     help: str
     module: str
     config: str
     function: str
+    is_told: bool = False
 
     def load(self) -> tuple[type, Callable[[Any], Any]]:
         """The config type and the function; imports what the stage needs."""
@@ -105,6 +109,33 @@ STAGES = (
 )
 WHOLE = ("run", "quickstart")
 """Stages that run all the others."""
+SERVICE = (
+    Stage(
+        name="keys make",
+        help="a new API key for a tenant, shown this once",
+        module="mta_ray.serving.keys",
+        config="MakeKeyConfig",
+        function="make_key",
+        is_told=True,
+    ),
+    Stage(
+        name="keys list",
+        help="the keys there are: id, tenant, limit, state",
+        module="mta_ray.serving.keys",
+        config="ListKeysConfig",
+        function="list_keys",
+        is_told=True,
+    ),
+    Stage(
+        name="keys revoke",
+        help="stop a key at once, for good",
+        module="mta_ray.serving.keys",
+        config="RevokeKeyConfig",
+        function="revoke_key",
+        is_told=True,
+    ),
+)
+"""What the endpoint is run with; no jobs, for a cluster has no use for them."""
 
 MANUAL = """\
 mta - merge, then adapt: one frozen base model, and answers that are each user's own
@@ -124,6 +155,9 @@ STAGES, in the order in which the data goes; each reads what those before it wro
 
 ALL STAGES AT ONCE
 {whole}
+
+THE SERVICE
+{service}
 
 SETTINGS
     Defaults, then the YAML file, then the command line; the later one wins. In YAML, keys are the settings'
@@ -156,7 +190,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if args[0] in ("-V", "--version"):
         print(f"mta-ray {_version()}")
         return OK
-    return run_stage(args[0], args[1:], prog=f"mta {args[0]}")
+    words = 2 if any(stage.name.split()[0] == args[0] for stage in SERVICE if " " in stage.name) else 1
+    name = " ".join(args[:words])
+    return run_stage(name, args[words:], prog=f"mta {name}")
 
 
 def run_stage(stage: str | Stage, args: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -232,6 +268,9 @@ def _run(stage: Stage, config_path: str | None, overrides: list[str], prog: str 
         raise KeyboardInterrupt from end
 
     # 3. where it lies
+    if stage.is_told:
+        print(result, flush=True)
+        return OK
     saved = save_settings(result, config)
     print(f"{stage.name}: {time.monotonic() - started_s:.1f} s; settings in {saved}; result in", file=sys.stderr)
     print(result, flush=True)
@@ -239,12 +278,12 @@ def _run(stage: Stage, config_path: str | None, overrides: list[str], prog: str 
 
 
 def _find(name: str) -> Stage:
-    for stage in STAGES:
+    for stage in (*STAGES, *SERVICE):
         if stage.name == name.replace("_", "-"):
             return stage
     import difflib
 
-    names = [stage.name for stage in STAGES]
+    names = [stage.name for stage in (*STAGES, *SERVICE)]
     close = difflib.get_close_matches(name, names, n=1)
     raise ValueError(
         f"no stage is called {name!r}{f'; did you mean {close[0]!r}?' if close else ''}; "
@@ -308,6 +347,7 @@ def _manual() -> str:
     return MANUAL.format(
         stages=lines([stage for stage in STAGES if stage.name not in WHOLE]),
         whole=lines([stage for stage in STAGES if stage.name in WHOLE]),
+        service=lines(SERVICE),
     ).rstrip()
 
 

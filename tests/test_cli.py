@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from mta_ray import console as console_module
-from mta_ray.cli import BAD_INPUT, FAILED, OK, STAGES, STOPPED, Stage, main, root_cause, run_stage
+from mta_ray.cli import BAD_INPUT, FAILED, OK, SERVICE, STAGES, STOPPED, Stage, main, root_cause, run_stage
 from mta_ray.console import announce, progress
 from mta_ray.settings import load_settings, save_settings
 
@@ -203,7 +203,7 @@ def test_help_is_a_page_that_names_every_stage_and_comes_without_heavy_imports()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == OK, done.stderr
     assert "heavy: []" in done.stdout
-    positions = [done.stdout.index(f"\n    {stage.name} ") for stage in STAGES]
+    positions = [done.stdout.index(f"\n    {stage.name} ") for stage in (*STAGES, *SERVICE)]
     assert positions == sorted(positions)
     assert max(map(len, done.stdout.splitlines())) <= 120
 
@@ -237,11 +237,11 @@ def test_stage_help_lists_the_settings(capsys: pytest.CaptureFixture[str]) -> No
     assert "--out" in told and "Where the result goes." in told and "--rates.peak" in told
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", (*STAGES, *SERVICE), ids=lambda stage: stage.name)
 def test_every_stage_loads_and_explains_each_setting(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     config_type, function = stage.load()
     assert callable(function)
-    assert run_stage(stage.name, ["--help"]) == OK
+    assert main([*stage.name.split(), "--help"]) == OK
     told = capsys.readouterr().out
     for setting in fields(config_type):
         assert f"--{setting.name.replace('_', '-')}" in told, setting.name

@@ -1,0 +1,183 @@
+"""The SQL database of the service, opened and migrated: a SQLite file, or PostgreSQL by URL. Knows no table."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert as insert_postgresql
+from sqlalchemy.dialects.sqlite import insert as insert_sqlite
+
+from mta_ray.serving.migrations import migrate
+
+_WRITES = "mta_writes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatabaseConfig:
+    """Where the service keeps its state."""
+
+    url: str = "mta_ray.db"
+    """A SQLite file, or `postgresql://user@host/name`; leave its password to PGPASSWORD or ~/.pgpass."""
+    connections: int = 8
+    """Open at once by one process, at most."""
+    busy_timeout_s: float = 10.0
+    """How long a statement waits for another process's lock before it fails."""
+
+    def __post_init__(self) -> None:
+        if self.connections < 1 or self.busy_timeout_s <= 0:
+            raise ValueError(
+                f"connections is {self.connections} and busy_timeout_s {self.busy_timeout_s}, wanted at least 1 and "
+                "more than 0"
+            )
+
+
+class Database:
+    """Transactions on the database; one object a process, used by any number of threads."""
+
+    def __init__(self, engine: sa.Engine, clock: Callable[[], float]) -> None:
+        self.engine = engine
+        self.clock = clock
+        self._writing = engine.execution_options(**{_WRITES: True})
+        # SQLite's connections begin nothing by themselves (see _open_sqlite); PostgreSQL is spared BEGIN and ROLLBACK
+        self._reading = engine if self.is_sqlite else engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection whose every statement sees what is committed; no transaction is held."""
+        with self._reading.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction: all of it, or on an exception nothing. On SQLite it is the only one that writes."""
+        with self._writing.begin() as connection:
+            yield connection
+
+    def insert_missing(
+        self, connection: sa.Connection, table: sa.Table, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    ) -> int:
+        """Insert rows but those whose key is there; how many went in (of one row)."""
+        insert = insert_sqlite if self.is_sqlite else insert_postgresql
+        statement = insert(table).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+        return connection.execute(statement, rows).rowcount
+
+    def forget_pages(self) -> None:
+        """After a deletion: write the log back, so that the file holds nothing of what is gone.
+
+        Readers at work make SQLite put it off to its next checkpoint. PostgreSQL's autovacuum does the like.
+        """
+        if self.is_sqlite:
+            with self.reading() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+
+def open_database(config: DatabaseConfig, *, clock: Callable[[], float] = time.time) -> Database:
+    """The database, made if it is not there and brought to this program's schema."""
+    url = _url(config.url)
+    engine = _open_sqlite(url, config) if url.get_backend_name() == "sqlite" else _open_postgresql(url, config)
+    database = Database(engine, clock)
+    try:
+        with database.writing() as connection:
+            migrate(connection, clock())
+    except BaseException:
+        engine.dispose()
+        raise
+    return database
+
+
+def _url(text: str) -> sa.URL:
+    if "://" not in text:
+        return sa.URL.create("sqlite", database=str(Path(text).expanduser()))
+    try:
+        url = sa.make_url(text)
+    except sa.exc.ArgumentError:
+        raise ValueError("the database URL is not one; give a file, or postgresql://user@host/name") from None
+    name = url.get_backend_name()
+    if name == "sqlite" and url.database not in (None, "", ":memory:"):
+        return url
+    if name in ("postgres", "postgresql"):
+        return url.set(drivername="postgresql+psycopg")
+    raise ValueError(
+        f"the database URL begins with {url.drivername}; give a SQLite file, or postgresql://user@host/name"
+    )
+
+
+def _open_sqlite(url: sa.URL, config: DatabaseConfig) -> sa.Engine:
+    file = Path(str(url.database))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # the log and its index take over these rights
+
+    engine = sa.create_engine(
+        url,
+        pool_size=config.connections,
+        max_overflow=0,
+        hide_parameters=True,  # of errors: they hold what users wrote
+        connect_args={"timeout": config.busy_timeout_s},
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def prepare(connection: sqlite3.Connection, record: Any) -> None:
+        connection.isolation_level = None  # transactions begin where we say, with DDL inside them
+        _use_log(connection, config.busy_timeout_s)
+        for pragma in ("synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        if connection.get_execution_options().get(_WRITES):
+            # the write lock at once: one that is taken on the way fails where another process was faster
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _use_log(connection: sqlite3.Connection, timeout_s: float) -> None:
+    """Write-ahead logging, a property of the file. Changing to it does not wait for other processes' locks: we do."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            break
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.01)
+    if mode != "wal":
+        raise ValueError(f"SQLite keeps journal mode {mode} here; put the file on a local disk, or use PostgreSQL")
+
+
+def _open_postgresql(url: sa.URL, config: DatabaseConfig) -> sa.Engine:
+    timeout_ms = int(config.busy_timeout_s * 1000)
+    engine = sa.create_engine(
+        url,
+        pool_size=config.connections,
+        max_overflow=0,
+        pool_pre_ping=True,
+        hide_parameters=True,
+        connect_args={"connect_timeout": 10, "options": f"-c lock_timeout={timeout_ms}", "application_name": "mta_ray"},
+    )
+
+    @sa.event.listens_for(engine, "handle_error")
+    def hide_row(context: sa.engine.ExceptionContext) -> None:
+        """The server's DETAIL quotes the row."""
+        for error in (context.original_exception, context.sqlalchemy_exception):
+            if error is not None and error.args:
+                error.args = (str(error.args[0]).split("\nDETAIL")[0], *error.args[1:])
+
+    return engine
