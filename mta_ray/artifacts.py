@@ -118,12 +118,25 @@ def open_artifact(path: str | Path, *, kind: str, verify: bool = True) -> Artifa
     )
 
 
-def is_current(path: str | Path, *, kind: str, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
-    """Whether a finished artifact of this kind, settings and inputs is at `path`, so that a stage may rest."""
+def refuse_stranger(out: str | Path, kind: str) -> None:
+    """ValueError where something else than an artifact of this kind lies: `publish` says so only when it is called."""
+    if _is_remote(out):
+        _refuse_stranger_in_store(str(out), kind)
+    else:
+        _refuse_stranger(_local(out), kind)
+
+
+def is_current(
+    path: str | Path, *, kind: str, settings: dict[str, Any], inputs: dict[str, str], verify: bool = False
+) -> bool:
+    """Whether a finished artifact of this kind, settings and inputs is at `path`, so that a stage may rest.
+
+    `verify` compares every file's checksum, else only sizes are looked at. Of what lies in a store, only the manifest.
+    """
     try:
         manifest = _read_manifest(path, kind)
         if not _is_remote(path):
-            _check_files(_local(path) / manifest["folder"], manifest, verify=False)
+            _check_files(_local(path) / manifest["folder"], manifest, verify=verify)
     except ArtifactError:
         return False
     have, want = (manifest["settings"], manifest["inputs"]), (settings, inputs)

@@ -98,8 +98,14 @@ def connect(config: ClusterConfig) -> Iterator[None]:
 def _init(options: dict[str, Any]) -> None:
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError) as error:
-        if options["address"] == "local":
+    except Exception as error:
+        ray.shutdown()  # what of a local cluster has started already
+        if options["address"] == "local" and "timed out" in str(error):
+            raise TimeoutError(
+                "Ray did not start on this machine in its time; run the same command again when the machine is less "
+                "busy, or with fewer --cluster.cpus"
+            ) from error
+        if options["address"] == "local" or not isinstance(error, (ConnectionError, RuntimeError)):
             raise
         reason = " ".join(str(error).split())
         raise ConnectionError(

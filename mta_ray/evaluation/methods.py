@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -133,8 +133,7 @@ class Methods:
         self._load(MERGED, [fused_adapter(route, self.bank, "as-released") for route in routes])
         merged_s = (time.perf_counter() - started_s) / len(pack.users)
         below = _own_slots(pack)
-        epoch = math.ceil(max(len(user.history) for user in pack.users) / RELEASED_STACK.examples_per_step)
-        adapters, seconds = self._train(pack, replace(RELEASED_STACK, steps=epoch), {MERGED: below})
+        adapters, seconds = self._train(pack, RELEASED_STACK, {MERGED: below}, is_one_epoch=True)
         predictions = self._answer(pack, {MERGED: below, STACK: _own_slots(pack)})
         # A merged adapter cannot be shared: it is kept for each user, beside the stack.
         kept = adapter_bytes(adapters[0]) + self.bank.bytes / len(self.bank) / 2
@@ -155,17 +154,34 @@ class Methods:
         return answer(self.routed, prompts, by_query, max_new_tokens=self.wording.task.max_new_tokens)
 
     def _train(
-        self, pack: Pack, config: TrainConfig, below: Mapping[str, Sequence[Route]] | None
+        self,
+        pack: Pack,
+        config: TrainConfig,
+        below: Mapping[str, Sequence[Route]] | None,
+        *,
+        is_one_epoch: bool = False,
     ) -> tuple[list[Adapter], float]:
-        """Own adapters of the pack's users, put on the shelf `stack`; and the seconds of one user."""
+        """Own adapters of the pack's users, put on the shelf `stack`; and the seconds of one user.
+
+        With `is_one_epoch` each user takes as many steps as meet every item once; those with as many share a pack.
+        """
         started_s = time.perf_counter()
-        work = []
+        groups: dict[int, list[int]] = defaultdict(list)
         for n, user in enumerate(pack.users):
-            background = {shelf: routes[n] for shelf, routes in below.items()} if below else None
-            work.append((user.id, tokenised(self.routed.backbone, self.wording.history(user)), background))
-        adapters = stack_users(self.routed, work, config).adapters
-        self._load(STACK, adapters)
-        return adapters, (time.perf_counter() - started_s) / len(pack.users)
+            epoch = math.ceil(len(user.history) / config.examples_per_step)
+            groups[epoch if is_one_epoch else config.steps].append(n)
+        adapters: dict[int, Adapter] = {}
+        for steps, members in groups.items():
+            work = []
+            for n in members:
+                background = {shelf: routes[n] for shelf, routes in below.items()} if below else None
+                examples = tokenised(self.routed.backbone, self.wording.history(pack.users[n]))
+                work.append((pack.users[n].id, examples, background))
+            trained = stack_users(self.routed, work, replace(config, steps=steps)).adapters
+            adapters |= dict(zip(members, trained, strict=True))
+        in_order = [adapters[n] for n in range(len(pack.users))]
+        self._load(STACK, in_order)
+        return in_order, (time.perf_counter() - started_s) / len(pack.users)
 
     def _load(self, shelf: str, adapters: Sequence[Adapter]) -> None:
         rank = adapters[0].rank

@@ -79,7 +79,7 @@ def evaluate(
     """
     config = located(config, "users", "embeddings", "base", "bank", "states", "out")
     users = open_artifact(config.users, kind="users", verify=False)
-    embeddings = read_embeddings(config.embeddings)
+    embeddings = read_embeddings(config.embeddings, users=users.hash)
     base = open_base(config.base)
     bank = load_bank(config.bank, base_fingerprint=base.fingerprint)
     hashes = {
@@ -89,6 +89,12 @@ def evaluate(
         "bank": open_artifact(config.bank, kind="bank", verify=False).hash,
         "states": open_artifact(config.states, kind="user-states", verify=False).hash,
     }
+    made_with = open_artifact(config.states, kind="user-states", verify=False).inputs
+    other = [name for name in ("users", "embeddings", "base", "bank") if made_with.get(name) != hashes[name]]
+    if other:
+        raise ValueError(
+            f"{config.states} was made with another {' and '.join(other)} than the one given; run adapt-users again"
+        )
     settings = {k: v for k, v in jsonable(config).items() if k in ("title", "oppu", "split", "workers")}
     if not config.force and is_current(config.out, kind="report", settings=settings, inputs=hashes):
         log.info("report: %s is current, nothing to do", config.out)

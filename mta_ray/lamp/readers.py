@@ -99,7 +99,13 @@ class LampFile:
             gold = golds.of(_text(record, "id", ""))
             return (self._query({**record, "gold": gold}, ""),)
         asked = _list(record, "query", "")
-        return tuple(self._query(_dict(q, f"query[{n}]"), f"query[{n}].") for n, q in enumerate(asked))
+        queries = tuple(self._query(_dict(q, f"query[{n}]"), f"query[{n}].") for n, q in enumerate(asked))
+        asked_ids: set[str] = set()
+        for n, query in enumerate(queries):
+            if query.id in asked_ids:  # methods are compared query by query
+                raise _Broken("duplicate id", f"query[{n}].id")
+            asked_ids.add(query.id)
+        return queries
 
     def _query(self, asked: dict[str, Any], where: str) -> Query:
         match = _pattern(self.task).fullmatch(_text(asked, "input", where))

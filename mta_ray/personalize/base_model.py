@@ -31,6 +31,10 @@ class PromptConfig:
     max_words: int = 48
     """Words of each text that are kept."""
 
+    def __post_init__(self) -> None:
+        if self.max_words < 1 or self.context_items < 0 or self.rag_items < 0:
+            raise ValueError(f"got {self}; wanted at least one word and no negative number")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wording:

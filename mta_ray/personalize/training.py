@@ -56,8 +56,12 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("alpha", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise ValueError(f"warmup_fraction must lie in [0, 1], got {self.warmup_fraction}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +270,10 @@ def train_whole(
     """Fine-tune a small base model in place, rank and alpha unused; returns the losses, in nats.
 
     Token embeddings stay as they are: in a small model they are half of the weights, and few of their rows are met.
+    Raises ValueError without examples and FloatingPointError when a loss is not finite.
     """
+    if not examples:
+        raise ValueError("a base model without a single training example cannot be trained; raise max_examples")
     model = backbone.model
     embedded = {id(p) for p in model.get_input_embeddings().parameters()}
     trainable = [p.requires_grad_(True) for p in model.parameters() if id(p) not in embedded]

@@ -53,7 +53,7 @@ class ActorConfig:
         for name in ("actors", "cpus", "users_per_pack"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.gpus < 0:
+        if not 0 <= self.gpus < math.inf:
             raise ValueError(f"gpus must be at least 0, got {self.gpus}")
 
     @property
@@ -129,9 +129,14 @@ def adapt_users(config: AdaptUsersConfig) -> str:
     """Publish `states.parquet`: user_id, slots, weights, stack (safetensors bytes), scale, bytes, seconds."""
     config = located(config, "users", "embeddings", "base", "bank", "out")
     users = open_artifact(config.users, kind="users", verify=False)
-    table = read_embeddings(config.embeddings)
+    table = read_embeddings(config.embeddings, users=users.hash)
     base = open_base(config.base)
     bank = load_bank(config.bank, base_fingerprint=base.fingerprint)
+    if bank.encoder != table.encoder:
+        raise ValueError(
+            f"bank {config.bank} was built on encoder {bank.encoder!r}, {config.embeddings} holds {table.encoder!r}; "
+            "embed the users with the bank's encoder"
+        )
     bank_hash = open_artifact(config.bank, kind="bank", verify=False).hash
     kept = ("fusion", "stack", "everybody", "split", "workers")
     settings = {k: v for k, v in jsonable(config).items() if k in kept}
@@ -143,6 +148,8 @@ def adapt_users(config: AdaptUsersConfig) -> str:
     # 1. routes: a nearest-neighbour search, no training
     tested = split_users(table.user_ids, table.items, table.queries, config.split).tested
     rows = [r for r in range(len(table.user_ids)) if table.items[r]] if config.everybody else tested
+    if not rows:
+        raise ValueError("the split leaves nobody to adapt; raise split.max_few_shot or split.max_rest")
     routes = route_users(encode(table.means[rows], bank.center), bank, config.fusion)
     route_of = {table.user_ids[row]: route for row, route in zip(rows, routes, strict=True)}
 

@@ -18,7 +18,7 @@ import ray
 from ray.actor import ActorHandle
 from safetensors.torch import load_file, save_file
 
-from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
+from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish, refuse_stranger
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.bank import assemble, save_bank
@@ -88,7 +88,7 @@ def build_bank(config: BuildBankConfig) -> str:
     config = located(config, "users", "embeddings", "base", "out")
     users = open_artifact(config.users, kind="users", verify=False)
     base = open_base(config.base)
-    table = read_embeddings(config.embeddings)
+    table = read_embeddings(config.embeddings, users=users.hash)
     placing = ("out", "force", "cluster", "users", "embeddings", "base", "group", "groups")
     settings = {k: v for k, v in jsonable(config).items() if k not in placing}
     inputs = {"users": users.hash, "embeddings": table.hash, "base": base.hash}
@@ -97,6 +97,7 @@ def build_bank(config: BuildBankConfig) -> str:
         return config.out
 
     # 1. anchors
+    refuse_stranger(config.out, "bank")
     center, vectors, anchors = _anchors(table, config)
     ids = [table.user_ids[row] for row in anchors]
     packs = [ids[i : i + config.adapters_per_pack] for i in range(0, len(ids), config.adapters_per_pack)]
@@ -111,7 +112,7 @@ def build_bank(config: BuildBankConfig) -> str:
     missing = [
         n
         for n, path in enumerate(paths)
-        if not is_current(path, kind="pack", settings={"key": key, "pack": n}, inputs={})
+        if not is_current(path, kind="pack", settings={"key": key, "pack": n}, inputs={}, verify=True)
     ]
     if missing:
         if len(missing) < len(packs):

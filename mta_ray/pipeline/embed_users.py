@@ -107,9 +107,14 @@ def embed_users(config: EmbedUsersConfig) -> str:
     return config.out
 
 
-def read_embeddings(path: str | Path) -> Embeddings:
-    """All rows, sorted by user id: their order on disk depends on which actor was first."""
+def read_embeddings(path: str | Path, *, users: str | None = None) -> Embeddings:
+    """All rows, sorted by user id: their order on disk depends on which actor was first.
+
+    With `users`, the hash of a `users` artifact, embeddings of any other users are refused.
+    """
     artifact = open_artifact(path, kind=KIND)
+    if users is not None and artifact.inputs.get("users") != users:
+        raise ValueError(f"{path} holds the embeddings of other users than those given; run embed-users on these")
     table = pa.concat_tables(pq.read_table(file) for file in sorted(artifact.path.glob("*.parquet")))
     table = table.sort_by("user_id")
     return Embeddings(

@@ -59,8 +59,9 @@ def start_group(
     Train, which asks it whether its controller lives, would take the group down.
     """
     here = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    task = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": here})(_run_group)
-    return task.remote(loop, settings, config, cpus)
+    # max_calls: the task's process ends with it, and takes Ray Train's controller along, which would stay otherwise.
+    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1, runtime_env={"env_vars": here})
+    return task(_run_group).remote(loop, settings, config, cpus)
 
 
 def _run_group(

@@ -74,7 +74,7 @@ class PrepareUsersConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.max_reject_share <= 1:
             raise ValueError(f"max_reject_share is {self.max_reject_share}, wanted a share from 0 to 1")
-        if self.limit < 0 or self.shard_mib <= 0:
+        if self.limit < 0 or not 0 < self.shard_mib < math.inf:
             raise ValueError(f"got limit={self.limit}, shard_mib={self.shard_mib}; wanted 0 or more, and more than 0")
 
 

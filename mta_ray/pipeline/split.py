@@ -25,6 +25,8 @@ class SplitConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.test_share < 1:
             raise ValueError(f"test_share must lie in [0, 1), got {self.test_share}")
+        if self.max_few_shot < 0 or self.max_rest < 0:
+            raise ValueError(f"got max_few_shot={self.max_few_shot}, max_rest={self.max_rest}; wanted 0 or more")
 
 
 @dataclass(frozen=True, slots=True)

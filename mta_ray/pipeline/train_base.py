@@ -76,6 +76,10 @@ class TrainBaseConfig:
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
         if self.mode == "full" and self.group.zero_stage == 3:
             raise ValueError("mode full trains small models: use zero_stage 0, 1 or 2")
+        if not 0 <= self.rag_share <= 1:
+            raise ValueError(f"rag_share is {self.rag_share}, wanted a share from 0 to 1")
+        if self.max_examples < 1:
+            raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
 
 
 def train_base(config: TrainBaseConfig) -> str:
@@ -85,6 +89,8 @@ def train_base(config: TrainBaseConfig) -> str:
         config = located(config, "base_model")
     users = open_artifact(config.users, kind="users", verify=False)
     embeddings = open_artifact(config.embeddings, kind="embeddings", verify=False)
+    if embeddings.inputs.get("users") != users.hash:
+        raise ValueError(f"{config.embeddings} holds the embeddings of other users; run embed-users on {config.users}")
     settings = {
         k: v for k, v in jsonable(config).items() if k not in ("out", "force", "cluster", "users", "embeddings")
     }

@@ -7,6 +7,7 @@ The best possible answer to each query is known (`Query.best`), so an oracle's s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,12 @@ class WorldConfig:
         for name in ("purity", "answer_noise", "few_shot_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        for name, least in (("archetypes", 1), ("median_items", 1), ("max_items", 1), ("queries", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("own_taste", "exposure"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
 
 
 def simulate_user(config: WorldConfig, number: int) -> User:

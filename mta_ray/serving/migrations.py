@@ -45,8 +45,9 @@ USER_STATE = Migration(
     statements=(
         """CREATE TABLE users (
             tenant {text} NOT NULL, user_id {text} NOT NULL, task {text} NOT NULL, version BIGINT NOT NULL,
-            items INTEGER NOT NULL, history_bytes BIGINT NOT NULL, history_digest {bytes} NOT NULL,
-            encoder {text} NOT NULL, sum_items INTEGER NOT NULL, item_sum {bytes} NOT NULL,
+            valid_from BIGINT NOT NULL, items INTEGER NOT NULL, history_bytes BIGINT NOT NULL,
+            history_digest {bytes} NOT NULL, encoder {text} NOT NULL,
+            sum_items INTEGER NOT NULL, item_sum {bytes} NOT NULL,
             route_bank {text}, route_version BIGINT, route_anchors {bytes}, route_weights {bytes},
             created_at_s {float} NOT NULL, updated_at_s {float} NOT NULL,
             PRIMARY KEY (tenant, user_id))""",

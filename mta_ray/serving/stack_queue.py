@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from dataclasses import dataclass
 from typing import Literal
@@ -12,8 +13,9 @@ from mta_ray.serving.database import Database
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.tables import stack_jobs, users
 from mta_ray.serving.user_state import UserStack
-from mta_ray.serving.user_store import UnknownUser, put_stack_within
+from mta_ray.serving.user_store import Conflict, UnknownUser, put_stack_within
 
+log = logging.getLogger(__name__)
 Status = Literal["none", "waiting", "training", "failed"]
 
 
@@ -104,20 +106,24 @@ class StackQueue:
             if not connection.execute(sa.update(stack_jobs).where(_is_held(job)).values(later)).rowcount:
                 raise LeaseLost("another worker has the job, or its user is gone")
 
-    def finish(self, job: StackJob, stack: UserStack) -> int:
+    def finish(self, job: StackJob, stack: UserStack) -> int | None:
         """Keep the stack and end the job, both or neither; the stack's version.
 
-        A job that was asked for again since it was taken waits again.
+        A job that was asked for again since it was taken waits again. So it does, and the stack is not kept (None),
+        where the history was replaced meanwhile.
         """
         with self.database.writing() as connection:
+            version = None
             try:
                 version = put_stack_within(
                     self.database, connection, job.user, stack
                 )  # users before jobs, as delete does
             except UnknownUser:
                 raise LeaseLost("the user is gone") from None
+            except Conflict:
+                log.info("a stack was trained on a history that was replaced meanwhile; it is trained again")
             ended = _is_held(job), stack_jobs.c.history_version == job.history_version
-            if not connection.execute(sa.delete(stack_jobs).where(*ended)).rowcount:
+            if version is None or not connection.execute(sa.delete(stack_jobs).where(*ended)).rowcount:
                 again = {"ready_at_s": self.database.clock(), "lease": None, "attempts": 0}
                 if not connection.execute(sa.update(stack_jobs).where(_is_held(job)).values(again)).rowcount:
                     raise LeaseLost("another worker has the job")

@@ -13,6 +13,7 @@ users = sa.Table(
     sa.Column("user_id", sa.Text, primary_key=True),
     sa.Column("task", sa.Text, nullable=False),
     sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("valid_from", sa.BigInteger, nullable=False),
     sa.Column("items", sa.Integer, nullable=False),
     sa.Column("history_bytes", sa.BigInteger, nullable=False),
     sa.Column("history_digest", sa.LargeBinary, nullable=False),
@@ -26,7 +27,10 @@ users = sa.Table(
     sa.Column("created_at_s", sa.Double, nullable=False),
     sa.Column("updated_at_s", sa.Double, nullable=False),
 )
-"""`item_sum` is little-endian float32, `route_anchors` int32 anchor keys, `route_weights` float32."""
+"""`valid_from`: the version since which items were only added.
+
+`item_sum` is little-endian float32, `route_anchors` int32 anchor keys, `route_weights` float32.
+"""
 
 histories = sa.Table(
     "histories",

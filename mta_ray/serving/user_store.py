@@ -195,7 +195,11 @@ class UserStore:
     # ---- stacks
 
     def put_stack(self, user: UserId, stack: UserStack) -> int:
-        """Keep a stack in place of any older one; its version. A user who was deleted meanwhile is not made again."""
+        """Keep a stack in place of any older one; its version.
+
+        A user who was deleted meanwhile is not made again. Raises Conflict where the stack was trained on items that
+        are gone: on a history that was replaced since, or that of a deleted user of the same name.
+        """
         with self.database.writing() as connection:
             return put_stack_within(self.database, connection, user, stack)
 
@@ -263,9 +267,11 @@ class UserStore:
             self._check_size(count + len(items), len(new))
 
             # 3. write
+            version = next_version(row.version, now_s)
             values = {
                 "task": task,
-                "version": next_version(row.version, now_s),
+                "version": version,
+                "valid_from": version if mode == "replace" or row.version == 0 else row.valid_from,
                 "items": count + len(items),
                 "history_bytes": len(new),
                 "history_digest": _digest(digest, lines),
@@ -312,9 +318,12 @@ class UserStore:
 
 def put_stack_within(database: Database, connection: sa.Connection, user: UserId, stack: UserStack) -> int:
     """`UserStore.put_stack` within the caller's transaction."""
-    lock = sa.select(users.c.version).where(_is(users, user)).with_for_update(read=True, key_share=True)
-    if connection.execute(lock).first() is None:
+    lock = sa.select(users.c.valid_from).where(_is(users, user)).with_for_update(read=True)
+    valid_from = connection.execute(lock).scalar()
+    if valid_from is None:
         raise UnknownUser("no such user")
+    if stack.history_version < valid_from:
+        raise Conflict("the stack was trained on a history that was replaced since; train it again")
     now_s = database.clock()
     old = connection.execute(sa.delete(stacks).where(_is(stacks, user)).returning(stacks.c.version)).scalar()
     row = {name: getattr(stack, name) for name in _STACK_FIELDS}
@@ -331,6 +340,7 @@ def next_version(last: int, now_s: float) -> int:
 _STACK_FIELDS = ("tensors", "kind", "rank", "scale", "base_fingerprint", "bank_version", "history_version")
 _EMPTY = {
     "version": 0,
+    "valid_from": 0,
     "items": 0,
     "history_bytes": 0,
     "history_digest": b"",

@@ -119,6 +119,7 @@ BAD = {
     "unknown wording: query[0].input": movie_user(query=[{"id": "1", "input": "Which?", "gold": "comedy"}]),
     "empty profile": movie_user(profile=[]),
     "duplicate id": movie_user("first"),
+    "duplicate id: query[1].id": movie_user(query=movie_user()["query"] * 2),
 }
 
 
@@ -258,3 +259,9 @@ def test_leaked_items_are_those_that_are_asked_about():
     tweets = (HistoryItem(id="1", content="", target="Hello."), HistoryItem(id="2", content="", target="Bye"))
     asked = (Query(id="q", content="greetings", target="hello"),)
     assert leaked_items(User(id="u", task="tweet_paraphrase", history=tweets, queries=asked)) == 1
+
+
+def test_brackets_without_end_are_told_before_they_take_all_memory(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="deep.json is not JSON: lists nested thousands deep"):
+        LampFile(str(tmp_path / "deep.json"), MOVIE)

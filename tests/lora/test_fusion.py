@@ -42,6 +42,16 @@ def test_weight_one_gives_back_the_anchor(mode):
         torch.testing.assert_close(fused.delta(module), one.delta(module))
 
 
+@pytest.mark.parametrize("mode", ["linear", "as-released"])
+def test_factors_averaged_apart_have_cross_terms(mode):
+    one, other = _adapter(1), _adapter(2)
+    fused = fuse([one, other], [0.3, 0.7], mode=mode)
+    for module in one.factors:
+        a, b = one.factors[module], other.factors[module]
+        wanted = 2.0 * (0.3 * a.up + 0.7 * b.up) @ (0.3 * a.down + 0.7 * b.down)
+        torch.testing.assert_close(fused.delta(module), wanted)
+
+
 def test_exact_is_the_dense_sum_whatever_the_order_ranks_and_scales():
     adapters, weights = [_adapter(1), _adapter(2, rank=2, scale=0.5), _adapter(3)], [0.5, 0.3, 0.2]
     fused = fuse(adapters, weights)

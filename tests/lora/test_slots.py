@@ -154,13 +154,15 @@ def test_saved_banks_come_back_and_another_base_is_refused(tiny_model, tmp_path)
         _adapters(routed, 3),
         anchor_ids=("a", "../b", "<c>"),
         embeddings=vectors,
-        center=np.zeros(8, dtype=np.float32),
+        center=np.arange(8, dtype=np.float32),
         base_fingerprint="f" * 64,
         encoder="e",
     )
     save_bank(bank, tmp_path / "bank", settings={}, inputs={})
     again = load_bank(tmp_path / "bank", base_fingerprint="f" * 64)
-    assert again.anchor_ids == bank.anchor_ids
+    assert (again.anchor_ids, again.encoder, again.scale) == (bank.anchor_ids, bank.encoder, bank.scale)
+    np.testing.assert_array_equal(again.embeddings, bank.embeddings)
+    np.testing.assert_array_equal(again.center, bank.center)
     for name in routed.layers:
         torch.testing.assert_close(again.adapter(1).delta(name), bank.adapter(1).delta(name))
     with pytest.raises(ValueError, match="another base|made with base model"):

@@ -135,6 +135,8 @@ def test_the_schedule_warms_up_and_ends_near_zero():
 def test_an_adapter_without_examples_is_refused(tiny_model):
     with pytest.raises(ValueError, match="without a single training example"):
         train_pack(RoutedModel(tiny_model()), [Job(id="u", examples=[])], CONFIG)
+    with pytest.raises(ValueError, match="without a single training example"):
+        train_whole(tiny_model(), [], CONFIG)  # it would look for a first example for ever
 
 
 def test_a_loss_that_is_not_finite_is_said(tiny_model):

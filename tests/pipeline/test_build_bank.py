@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
 from mta_ray.artifacts import open_artifact
 from mta_ray.lora.bank import load_bank
-from mta_ray.personalize.base_model import open_base
-from mta_ray.personalize.training import TrainConfig
+from mta_ray.model.backbone import RoutedModel
+from mta_ray.personalize.base_model import open_base, tokenised
+from mta_ray.personalize.merge_then_adapt import BANK, stack_users
+from mta_ray.personalize.training import Job, TrainConfig, train_pack
 from mta_ray.pipeline.adapt_users import ActorConfig, AdaptUsersConfig, adapt_users, packs_of, read_states
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
@@ -51,6 +54,11 @@ def _bank_config(home: Path, out: str) -> BuildBankConfig:
     )
 
 
+def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative, over the whole tensor: Adam makes steps of full size out of single gradients that are near zero."""
+    return float((got - wanted).norm() / wanted.norm())
+
+
 def test_simulated_users_by_ray_data_equal_the_pure_function(taught):
     found = {user.id: user for user in read_users(taught / "users")}
     assert found == {(u := simulate_user(WORLD, n)).id: u for n in range(30)}
@@ -63,25 +71,44 @@ def test_embeddings_cover_every_user_in_order(taught):
     assert table.queries == [2] * 30
 
 
-def test_an_interrupted_bank_goes_on_and_equals_the_undisturbed_one(taught, caplog, monkeypatch):
+def test_a_bank_is_one_adapter_for_each_anchor_trained_on_the_anchors_own_items(taught, monkeypatch):
     monkeypatch.chdir(taught)  # paths from where the command was given; the workers stand elsewhere
-    whole = build_bank(_bank_config(Path("."), "whole"))
+    config = _bank_config(Path("."), "whole")
+    whole = build_bank(config)
     assert whole == str(taught / "whole")
 
-    # Something that is no bank stands where the bank should go: all packs are trained, then publishing is refused.
+    bank, base = load_bank(whole), open_base(taught / "base")
+    table = read_embeddings(taught / "embeddings")
+    split = split_users(table.user_ids, table.items, table.queries, config.split)
+    assert set(bank.anchor_ids) <= {table.user_ids[row] for row in split.teachers}
+    users = {user.id: user for user in read_users(taught / "users")}
+    routed = RoutedModel(base.load(), base.targets)
+    for anchor, user_id in enumerate(bank.anchor_ids):  # alone, in plain torch
+        job = Job(id=user_id, examples=tokenised(routed.backbone, base.wording.history(users[user_id])))
+        alone = train_pack(routed, [job], config.train).adapters[0]
+        for module, factors in alone.factors.items():
+            assert difference(bank.adapter(anchor).factors[module].up, factors.up) < 0.01
+
+
+def test_an_interrupted_bank_goes_on_and_equals_the_undisturbed_one(taught, caplog, monkeypatch):
+    whole = build_bank(_bank_config(taught, "whole"))  # rests where the test before has built it
     config = _bank_config(taught, "stopped")
-    (taught / "stopped").mkdir()
-    (taught / "stopped" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="stopped"):
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    # Stopped when all packs are there and the bank is not.
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("mta_ray.pipeline.build_bank.save_bank", stop)
         build_bank(config)
+    assert not (taught / "stopped").exists()
     packs = sorted((taught / "stopped.packs").iterdir())
     assert len(packs) == 2
-    assert (taught / "stopped" / "notes.txt").read_text() == "mine"
 
-    # One pack is lost; the rerun trains that one alone.
-    shutil.rmtree(taught / "stopped")
+    # One pack is damaged since; the rerun trains that one alone.
     open_artifact(packs[0], kind="pack")  # whole, and readable by itself
-    shutil.rmtree(packs[1])
+    file = packs[1] / "adapters.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
     with caplog.at_level(logging.INFO):
         build_bank(config)
     assert "1 of 2 packs are there already" in caplog.text
@@ -92,9 +119,32 @@ def test_an_interrupted_bank_goes_on_and_equals_the_undisturbed_one(taught, capl
         assert one.up[module].any()
 
 
+def test_what_is_no_bank_is_not_replaced_and_nothing_is_trained_before_that_is_said(taught):
+    (taught / "mine").mkdir()
+    (taught / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="mine"):
+        build_bank(_bank_config(taught, "mine"))
+    assert (taught / "mine" / "notes.txt").read_text() == "mine"
+    assert not (taught / "mine.packs").exists()
+
+
+def test_artifacts_that_do_not_belong_together_are_refused(taught, tmp_path):
+    others = simulate_users(SimulateUsersConfig(world=replace(WORLD, seed=3), users=30, out=str(tmp_path / "users")))
+    reads = {"users": others, "embeddings": str(taught / "embeddings")}
+    with pytest.raises(ValueError, match="embeddings of other users"):
+        train_base(TrainBaseConfig(**reads, mode="none", out=str(tmp_path / "base")))
+    with pytest.raises(ValueError, match="embeddings of other users"):
+        build_bank(replace(_bank_config(taught, "none"), users=others))
+    with pytest.raises(ValueError, match="embeddings of other users"):
+        adapt_users(AdaptUsersConfig(**reads, base=str(taught / "base"), bank=str(taught / "whole")))
+
+
 def test_states_hold_a_route_and_a_stack_for_each_tested_user(taught):
     bank = build_bank(_bank_config(taught, "whole"))  # rests where the test before has built it
-    split = SplitConfig(max_few_shot=3, max_rest=1)
+    split, stacks = (
+        SplitConfig(max_few_shot=3, max_rest=1),
+        TrainConfig(rank=1, alpha=2.0, steps=2, examples_per_step=2, learning_rate=1e-2),
+    )
     out = adapt_users(
         AdaptUsersConfig(
             users=str(taught / "users"),
@@ -102,7 +152,7 @@ def test_states_hold_a_route_and_a_stack_for_each_tested_user(taught):
             base=str(taught / "base"),
             bank=str(bank),
             out=str(taught / "states"),
-            stack=TrainConfig(rank=1, alpha=2.0, steps=2, examples_per_step=2),
+            stack=stacks,
             split=split,
         )
     )
@@ -110,7 +160,21 @@ def test_states_hold_a_route_and_a_stack_for_each_tested_user(taught):
     tested = {table.user_ids[r] for r in split_users(table.user_ids, table.items, table.queries, split).tested}
     states = read_states(out, tested)
     assert set(states) == tested
+    base = open_base(taught / "base")
+    routed, anchors = base.load_routed(bank)
+    users = {user.id: user for user in read_users(taught / "users")}
     for state in states.values():
+        # the route by hand: softmax over the cosines of the two anchors
+        mean = table.means[table.user_ids.index(state.user_id)] - anchors.center
+        cosines = anchors.embeddings[list(state.route.slots)] @ (mean / np.linalg.norm(mean))
+        weights = np.exp(cosines / 0.1) / np.exp(cosines / 0.1).sum()
+        assert state.route.weights == pytest.approx(tuple(weights), abs=1e-4)
+        assert cosines[0] >= cosines[1]
+        # the stack: trained alone, above that route
+        examples = tokenised(routed.backbone, base.wording.history(users[state.user_id]))
+        alone = stack_users(routed, [(state.user_id, examples, {BANK: state.route})], stacks).adapters[0]
+        for module, factors in alone.factors.items():
+            assert difference(state.stack.factors[module].up, factors.up) < 0.01
         assert sum(state.route.weights) == pytest.approx(1, abs=1e-5)
         assert state.stack.rank == 1
         assert any(f.up.any() for f in state.stack.factors.values())
@@ -135,6 +199,20 @@ def test_a_bank_of_another_base_is_refused(taught):
     train_base(replace(config, dtype="bfloat16", out=str(other)))
     with pytest.raises(ValueError, match="was made with base model"):
         open_base(other).load_routed(bank)
+    with pytest.raises(ValueError, match="is not the one that"):
+        replace(open_base(other), fingerprint="0" * 64).load()
+
+
+def test_a_task_adapter_is_merged_into_the_base_that_later_stages_load(taught):
+    reads = {"users": str(taught / "users"), "embeddings": str(taught / "embeddings")}
+    train = TrainConfig(rank=2, alpha=4.0, steps=2, examples_per_step=2, learning_rate=1e-2)
+    config = TrainBaseConfig(**reads, mode="adapter", train=train, rag_share=0.0, out=str(taught / "adapted"))
+    base = open_base(train_base(config))
+    plain, adapted = open_base(taught / "base").load().model, base.load().model
+    peft = PeftModel.from_pretrained(plain, taught / "adapted" / "adapter").merge_and_unload()
+    for (name, weight), wanted in zip(adapted.state_dict().items(), peft.state_dict().values(), strict=True):
+        torch.testing.assert_close(weight, wanted, msg=name)
+    assert base.fingerprint != open_base(taught / "base").fingerprint
 
 
 def test_tested_users_never_teach_and_the_line_is_the_same_in_any_order():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,17 +67,21 @@ def test_a_database_of_a_newer_program_is_refused(database: Database, database_u
 
 def test_processes_that_start_at_once_make_one_database(database_url: str, run_python: Callable[..., Any]) -> None:
     code = """
-import sys, time
+import sys
 from mta_ray.serving.database import *
-time.sleep(max(0, float(sys.argv[2]) - time.time()))
+print("ready", flush=True)
+sys.stdin.readline()
 with open_database(DatabaseConfig(url=sys.argv[1], busy_timeout_s=60.0)).reading() as connection:
     print(connection.exec_driver_sql("SELECT count(*) FROM schema_versions").scalar())
 """
-    start_at_s = time.time() + 2.5
-    processes = [run_python(code, str(start_at_s)) for _ in range(6)]
+    processes = [run_python(code) for _ in range(6)]
     for process in processes:
-        out, err = process.communicate(timeout=180)
-        assert (out, process.returncode) == (f"{len(MIGRATIONS)}\n", 0), err
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+    for process in processes:
+        print(file=process.stdin, flush=True)
+    for process in processes:
+        assert process.stdout.read() == f"{len(MIGRATIONS)}\n", process.stderr.read()
+        assert process.wait(timeout=180) == 0
 
 
 def test_sqlite_is_opened_for_many_processes_and_for_keeps(tmp_path: Path) -> None:

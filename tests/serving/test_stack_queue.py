@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from mta_ray.serving.user_store import UnknownUser, UserStore
 
 ANA, BO, CY = (UserId(tenant="acme", id=name) for name in ("ana", "bo", "cy"))
 STACK = UserStack(
-    tensors=b"t", kind="lora", rank=1, scale=2.0, base_fingerprint="f", bank_version="b", history_version=1
+    tensors=b"t", kind="lora", rank=1, scale=2.0, base_fingerprint="f", bank_version="b", history_version=2**62
 )
 
 
@@ -125,6 +126,18 @@ def test_history_that_came_during_training_is_trained_too(queue: StackQueue, sto
     assert again.attempt == 1
     queue.finish(again, STACK)
     assert queue.claim(1) == []
+
+
+def test_a_history_replaced_during_training_is_trained_again(queue: StackQueue, store: UserStore) -> None:
+    queue.enqueue(ANA)
+    (job,) = queue.claim(1)
+    before = store.read(ANA).version
+    nothing = ItemSum(total=np.zeros(4, dtype=np.float32), items=0, encoder="e")
+    store.replace_history(ANA, [], nothing, task="movie_tagging")
+    assert queue.finish(job, replace(STACK, history_version=before)) is None
+    assert store.read(ANA).stack_version is None and queue.status(ANA) == "waiting"
+    (again,) = queue.claim(1)
+    assert queue.finish(again, replace(STACK, history_version=store.read(ANA).version)) is not None
 
 
 def test_a_user_who_is_deleted_during_training_is_not_made_again(queue: StackQueue, store: UserStore) -> None:

@@ -26,6 +26,8 @@ from mta_ray.serving.user_store import Conflict, HistoryLimits, HistoryTooLong, 
 
 DIM = 8
 ANA = UserId(tenant="acme", id="ana")
+NEWEST = 2**62
+"""A version after every history."""
 NAMES = [
     "ana",
     "../../etc/passwd",
@@ -76,7 +78,7 @@ def route(version: int, *names: UserId, bank: str = "b1") -> UserRoute:
     return UserRoute(anchors=names, weights=weights, bank_version=bank, history_version=version)
 
 
-def stack(version: int = 1, tensors: bytes = b"\0\xffsafe") -> UserStack:
+def stack(version: int = NEWEST, tensors: bytes = b"\0\xffsafe") -> UserStack:
     return UserStack(
         tensors=tensors,
         kind="lora",
@@ -356,8 +358,25 @@ def test_a_stack_is_kept_byte_for_byte_under_a_version_that_never_repeats(store:
     clock.now_s += 1e-5
     store.delete(ANA)
     clock.now_s += 1e-5
-    assert add(store, ANA, items(1)).version > version
-    assert store.put_stack(ANA, stack(version)) > second
+    again = add(store, ANA, items(1)).version
+    assert again > version
+    assert store.put_stack(ANA, stack(again)) > second
+
+
+def test_a_stack_of_items_that_are_gone_is_refused(store: UserStore, clock: Any) -> None:
+    first = add(store, ANA, items(2)).version
+    grown = add(store, ANA, items(1, 2)).version
+    store.put_stack(ANA, stack(first))  # items were only added since
+    replaced = store.replace_history(ANA, items(1, 5), vectors(items(1, 5)), task="movie_tagging").version
+    with pytest.raises(Conflict, match="replaced"):
+        store.put_stack(ANA, stack(grown))
+    store.put_stack(ANA, stack(replaced))
+    clock.now_s += 1
+    store.delete(ANA)
+    add(store, ANA, items(1))
+    with pytest.raises(Conflict):  # trained on the history of somebody who had this name before
+        store.put_stack(ANA, stack(replaced))
+    assert store.read(ANA).stack_version is None
 
 
 # ---- the end
@@ -685,10 +704,12 @@ def fill(database: Database) -> None:
     empty = "x''" if database.is_sqlite else "''::bytea"
     zeros = f"x'{'00' * 4 * DIM}'" if database.is_sqlite else f"decode('{'00' * 4 * DIM}', 'hex')"
     random_bytes = "randomblob(32)" if database.is_sqlite else "sha256(('' || i)::bytea)"
-    users_of_ten = "tenant, user_id, task, version, items, history_bytes, history_digest, encoder, sum_items, item_sum"
+    users_of_ten = (
+        "tenant, user_id, task, version, valid_from, items, history_bytes, history_digest, encoder, sum_items, item_sum"
+    )
     statements = [
         f"INSERT INTO users ({users_of_ten}, created_at_s, updated_at_s) "
-        f"{n} SELECT {user}, 'movie_tagging', 1, 0, 0, {empty}, 'e1', 0, {zeros}, 0, 0 FROM n",
+        f"{n} SELECT {user}, 'movie_tagging', 1, 1, 0, 0, {empty}, 'e1', 0, {zeros}, 0, 0 FROM n",
         f"INSERT INTO histories {n} SELECT {user}, {empty} FROM n",
         *(
             f"INSERT INTO citations {n} SELECT {user}, (i * 7 + {k} * 11) % 50 + 1 FROM n"  # its four anchors differ

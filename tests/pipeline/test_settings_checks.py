@@ -1,0 +1,39 @@
+"""Settings that make no sense are refused before anything starts; not one of them may fail in a worker, or hang."""
+
+from __future__ import annotations
+
+import pytest
+
+from mta_ray.personalize.base_model import PromptConfig
+from mta_ray.personalize.merge_then_adapt import FusionConfig
+from mta_ray.personalize.training import TrainConfig
+from mta_ray.pipeline.adapt_users import ActorConfig
+from mta_ray.pipeline.prepare_users import PrepareUsersConfig
+from mta_ray.pipeline.split import SplitConfig
+from mta_ray.pipeline.train_base import TrainBaseConfig
+from mta_ray.population.people import WorldConfig
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "wrong"),
+    [
+        *((FusionConfig, "temperature", value) for value in (0.0, -1.0, NAN, INF)),
+        *((TrainConfig, "learning_rate", value) for value in (0.0, NAN, INF)),
+        *((TrainConfig, "warmup_fraction", value) for value in (-0.1, 1.1, NAN)),
+        *((TrainConfig, "weight_decay", value) for value in (-0.1, NAN, INF)),
+        *((ActorConfig, name, value) for name in ("actors", "cpus", "users_per_pack") for value in (0, -1)),
+        *((ActorConfig, "gpus", value) for value in (-1.0, NAN)),
+        *((SplitConfig, name, -1) for name in ("max_few_shot", "max_rest")),
+        *((TrainBaseConfig, "rag_share", value) for value in (-0.1, 1.1, NAN)),
+        (TrainBaseConfig, "max_examples", 0),
+        *((PromptConfig, name, -1) for name in ("max_words", "context_items", "rag_items")),
+        *((PrepareUsersConfig, "shard_mib", value) for value in (0.0, NAN, INF)),
+        *((WorldConfig, name, -1) for name in ("archetypes", "median_items", "max_items", "queries", "seed")),
+        *((WorldConfig, "exposure", value) for value in (-1.0, NAN, INF)),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(config: type, name: str, wrong: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        config(**{name: wrong})
