@@ -123,8 +123,7 @@ class Stacker:
                 history_version=pupil.history_version,
             )
             with suppress(LeaseLost):  # deleted meanwhile, or another trainer was faster
-                self.queue.finish(pupil.job, stack)
-                kept += 1
+                kept += self.queue.finish(pupil.job, stack) is not None
         log.info("stacks: %d of %d kept, %d steps", kept, len(jobs), self.args.stack.steps)
         return kept
 

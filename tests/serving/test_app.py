@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -30,7 +30,7 @@ from mta_ray.serving.banks import Banks
 from mta_ray.serving.database import DatabaseConfig, open_database
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.keys import Keys
-from mta_ray.serving.local import LOGGING, PublishBankConfig, publish_bank
+from mta_ray.serving.local import LOGGING, PublishBankConfig, ServeConfig, publish_bank, serve_here
 from mta_ray.serving.schema import Limits
 from mta_ray.serving.user_store import UserStore
 from mta_ray.similarity.embedding import Encoder
@@ -428,6 +428,12 @@ def test_keys_open_and_limit(service: Service) -> None:
     assert int(statuses[-1].headers["retry-after"]) >= 1
     for path in ("/healthz", "/readyz"):
         assert httpx.get(service.url + path, trust_env=False, timeout=WAIT_S).status_code == 200
+
+
+def test_without_a_key_only_this_machine_is_served(service: Service, tmp_path: Path) -> None:
+    config = ServeConfig(base=str(service.base), bank=str(service.folder / "bank"), store=str(tmp_path / "empty.db"))
+    with pytest.raises(ValueError, match="host is 0.0.0.0 and no API key is configured"):
+        serve_here(replace(config, host="0.0.0.0"))
 
 
 def test_a_killed_replica_comes_back_and_one_retry_is_enough(service: Service) -> None:
