@@ -56,6 +56,7 @@ from mta_ray.settings import settings_of
 log = logging.getLogger(__name__)
 BANK_HEADER = "x-mta-bank-version"
 READY_TIMEOUT_S = 5.0
+NOTICE_TIMEOUT_S = 5.0
 TRIES = 2
 """Of a question whose replica died before it was admitted: once more, at another one."""
 CALLS_BESIDE = 32
@@ -165,10 +166,12 @@ class Ingress:
     async def delete_user(self, user: str, request: Request) -> Response:
         who = await self._who(user, request)
         was_anchor = await asyncio.to_thread(self.store.delete, who)
-        await self.model.broadcast("forget", who).results_async()
-        if was_anchor:
-            with _busy_is_told():  # whoever cites the anchor is routed anew by the next request, too
-                await self.model.reroute.remote(who)
+        # A replica that cannot be reached now notices by itself: at its next request, or its next health check.
+        with suppress(TimeoutError, RayActorError, BackPressureError):
+            async with asyncio.timeout(NOTICE_TIMEOUT_S):
+                await self.model.broadcast("forget", who).results_async()
+                if was_anchor:
+                    await self.model.reroute.remote(who)
         return await self._json(UserDeleted(id=who.id, was_anchor=was_anchor))
 
     async def ask_stack(self, user: str, request: Request) -> Response:
