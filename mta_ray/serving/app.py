@@ -169,7 +169,7 @@ class Ingress:
         # A replica that cannot be reached now notices by itself: at its next request, or its next health check.
         with suppress(TimeoutError, RayActorError, BackPressureError):
             async with asyncio.timeout(NOTICE_TIMEOUT_S):
-                await self.model.broadcast("forget", who).results_async()
+                await self.model.broadcast("forget", who).results_async(return_exceptions=True)
                 if was_anchor:
                     await self.model.reroute.remote(who)
         return await self._json(UserDeleted(id=who.id, was_anchor=was_anchor))
