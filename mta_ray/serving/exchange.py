@@ -11,6 +11,10 @@ from mta_ray.serving.identity import UserId
 from mta_ray.serving.user_state import UserState
 from mta_ray.serving.wording import Turn
 
+Finish = Literal["stop", "length"]
+RETRY_AFTER_S = 1
+"""What a client that found no room is told: a row is free again within about a second."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
@@ -64,7 +68,7 @@ class Part:
     """Of the answer so far."""
     told: tuple[ToldToken, ...] = ()
     """Where log-probabilities were asked for."""
-    finish: Literal["stop", "length"] | None = None
+    finish: Finish | None = None
     """Set on the last part."""
 
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from ray import serve
@@ -23,20 +22,20 @@ from mta_ray.lora.adapter import Adapter, from_bytes
 from mta_ray.lora.slots import Route, check_fit
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.engine import Engine, EngineStats, check_values
-from mta_ray.model.requests import EngineClosed, Piece, QueueFull, Request, RequestFailed, Ticket
-from mta_ray.model.text_stream import TextStream
+from mta_ray.model.requests import EngineClosed, QueueFull, Request, RequestFailed, Ticket
 from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import BANK
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks, PublishedBank
 from mta_ray.serving.database import open_database
-from mta_ray.serving.exchange import Ask, NewHistory, Part, Refused, Started, Stored, ToldToken
+from mta_ray.serving.exchange import RETRY_AFTER_S, Ask, NewHistory, Part, Refused, Started, Stored
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.meters import Meters
 from mta_ray.serving.personal import Personal, open_personaliser
 from mta_ray.serving.schema import BadRequest
 from mta_ray.serving.served_bank import ServedBank, load_served
 from mta_ray.serving.slot_table import NoFreeSlot, SlotTable, StackKey
+from mta_ray.serving.speaker import Speaker
 from mta_ray.serving.stack_queue import StackQueue
 from mta_ray.serving.user_state import UserState
 from mta_ray.serving.user_store import Conflict, HistoryTooLong, UnknownUser, UserStore
@@ -48,9 +47,6 @@ STACKS = "stacks"
 """The shelf of users' own stacks."""
 RELOAD_AFTER_S = 30.0
 """Before a bank that could not be loaded is tried again."""
-Finish = Literal["stop", "length"]
-RETRY_AFTER_S = 1
-"""What a client that found no room is told: a row is free again within about a second."""
 
 
 @dataclass(slots=True, eq=False)
@@ -352,52 +348,6 @@ class Replica:
             if state.stack_version != key.version:
                 gone.append(key)
         return gone
-
-
-class Speaker:
-    """One answer's pieces as text."""
-
-    def __init__(self, prompts: Prompts, ask: Ask) -> None:
-        self.tokens = 0
-        self._tokenizer = prompts.backbone.tokenizer
-        self._stream = TextStream(self._tokenizer, ask.stops)
-        self._wants_logprobs = ask.sampling.logprobs is not None
-        # A worded question ends with a colon, and its answer begins with a space.
-        self._strips = ask.text is None and prompts.chat == "task"
-
-    def part(self, piece: Piece) -> Part | None:
-        """What can be sent after this piece; none where no text is certain yet."""
-        if piece.finish == "cancelled":
-            raise RequestFailed("the engine was closed")
-        text = ""
-        told: tuple[ToldToken, ...] = ()
-        if piece.token is not None:
-            self.tokens += 1
-            text = self._stream.push(piece.token)
-            told = (self._told(piece),) if self._wants_logprobs else ()
-        finish: Finish | None = None
-        if piece.finish is not None and not self._stream.is_stopped:
-            text += self._stream.end()
-            finish = "length" if piece.finish == "length" else "stop"
-        if self._stream.is_stopped:
-            finish = "stop"
-        if self._strips:
-            text = text.lstrip()
-            self._strips = not text
-        if not text and not told and finish is None:
-            return None
-        return Part(text=text, tokens=self.tokens, told=told, finish=finish)
-
-    def _told(self, piece: Piece) -> ToldToken:
-        def text(token: int) -> str:
-            return str(self._tokenizer.decode([token]))
-
-        assert piece.token is not None
-        return ToldToken(
-            text=text(piece.token),
-            logprob=piece.logprob or 0.0,
-            alternatives=tuple((text(token), logprob) for token, logprob in piece.alternatives),
-        )
 
 
 def _stack_key(state: UserState | None) -> StackKey | None:
