@@ -111,6 +111,22 @@ WHOLE = ("run", "quickstart")
 """Stages that run all the others."""
 SERVICE = (
     Stage(
+        name="serve",
+        help="the quickstart's bank, or yours, behind an OpenAI endpoint on this machine",
+        module="mta_ray.serving.local",
+        config="ServeConfig",
+        function="serve_here",
+        is_told=True,
+    ),
+    Stage(
+        name="bank publish",
+        help="put another bank in force, while the service runs",
+        module="mta_ray.serving.local",
+        config="PublishBankConfig",
+        function="publish_bank",
+        is_told=True,
+    ),
+    Stage(
         name="keys make",
         help="a new API key for a tenant, shown this once",
         module="mta_ray.serving.keys",
@@ -173,6 +189,7 @@ RESULTS
 EXAMPLES
     mta prepare-users --files user_others.json --task movie_tagging --out users
     mta build-bank --config bank.yaml
+    mta serve --base runs/quickstart/base --bank runs/quickstart/bank
     ray job submit --working-dir . -- python jobs/build_bank.py --config bank.yaml
 
 EXIT CODES

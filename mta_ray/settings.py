@@ -36,6 +36,11 @@ def load_settings(
     return tyro.cli(config_type, args=list(overrides), prog=prog, default=default)
 
 
+def settings_of(config_type: type[ConfigT], raw: Mapping[str, Any], *, source: str) -> ConfigT:
+    """Settings from plain values that some other program has read, checked; `source` says where they came from."""
+    return cast(ConfigT, _checked(_dataclass(raw, config_type, source, key="")))
+
+
 def save_settings(result: str | Path, config: Any) -> str:
     """Write the resolved settings beside a result, as `<result>.config.yaml`, and say where.
 
@@ -142,6 +147,17 @@ def _dataclass(raw: Any, config_type: type, file: str, key: str, base: Any = Non
             value = _value(raw[field.name], hints[field.name], file, f"{key}.{field.name}".lstrip("."), value)
         object.__setattr__(config, field.name, value)
     return config
+
+
+def _checked(config: Any) -> Any:
+    """The same made by its constructor, so that its own checks run, and those of what it holds."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return config
+    values = {field.name: getattr(config, field.name) for field in _fields(type(config))}
+    missing = [name for name, value in values.items() if value is tyro.MISSING]
+    if missing:
+        raise ValueError(f"{missing[0]} has no value; set it")
+    return type(config)(**{name: _checked(value) for name, value in values.items()})
 
 
 def _default(field: dataclasses.Field[Any], base: Any) -> Any:

@@ -25,7 +25,7 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A small Ray cluster on this machine, for this test run alone."""
-    from mta_ray.pipeline.cluster import ClusterConfig, connect
+    from mta_ray.cluster import ClusterConfig, connect
 
     with connect(ClusterConfig(cpus=2, object_store_mib=150)):
         yield

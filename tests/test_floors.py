@@ -16,7 +16,7 @@ FLOORS = (
     ("lamp", "lora"),
     ("similarity", "model"),
     ("personalize",),
-    ("pipeline", "serving"),
+    ("cluster", "pipeline", "serving"),
     ("population", "evaluation"),
     ("cli",),
 )

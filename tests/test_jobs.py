@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from mta_ray.cli import STAGES
-from mta_ray.pipeline.cluster import ClusterConfig, connect
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.pipeline.progress import follow, open_board
 
 ROOT = Path(__file__).parent.parent
@@ -249,7 +249,7 @@ def test_the_cluster_asks_for_a_token(cluster: Cluster) -> None:
 
 JOB = """
     import ray
-    from mta_ray.pipeline.cluster import ClusterConfig, connect
+    from mta_ray.cluster import ClusterConfig, connect
 
     @ray.remote
     def where():
@@ -353,7 +353,7 @@ def test_a_board_that_is_gone_does_not_stop_the_work(ray_local: None) -> None:
 FAILS = """
     import ray
     from mta_ray.cli import message_of, root_cause
-    from mta_ray.pipeline.cluster import ClusterConfig, connect
+    from mta_ray.cluster import ClusterConfig, connect
 
     def fail(batch):
         raise ValueError("file a.json holds no users; give others")

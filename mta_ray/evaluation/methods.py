@@ -21,10 +21,10 @@ from mta_ray.lora.bank import Bank
 from mta_ray.lora.slots import Route, put
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.generate import answer
+from mta_ray.personalize.base_model import Wording, tokenised
 from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig, fused_adapter, route_users, stack_users
 from mta_ray.personalize.training import TrainConfig
 from mta_ray.pipeline.adapt_users import UserState, adapter_bytes
-from mta_ray.pipeline.base_model import Wording, tokenised
 
 OPPU = TrainConfig(rank=8, alpha=16.0, learning_rate=5e-3, steps=12, examples_per_step=4)
 """One LoRA a user on the bare base model (OPPU): rank 8 on q and v, as released. Of the rates 2e-3 and 5e-3 the better

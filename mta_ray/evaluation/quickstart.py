@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mta_ray.artifacts import located
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.console import announce
 from mta_ray.evaluation.run import EvaluateConfig, evaluate
 from mta_ray.pipeline.adapt_users import AdaptUsersConfig, adapt_users
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
-from mta_ray.pipeline.cluster import ClusterConfig, connect
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users
 from mta_ray.pipeline.memory import watch_memory
 from mta_ray.pipeline.prepare_users import PrepareUsersConfig, prepare_users

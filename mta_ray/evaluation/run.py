@@ -17,17 +17,17 @@ from ray.util import ActorPool
 from rich.console import Console
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.evaluation.methods import OPPU, Methods, Pack
 from mta_ray.evaluation.report import table, write_report
 from mta_ray.evaluation.summary import Curve, MapPoint, ReportFacts, summarise
 from mta_ray.lamp.metrics import query_score, score
 from mta_ray.lamp.users import FEW_SHOT_ITEMS
 from mta_ray.lora.bank import Bank, load_bank
+from mta_ray.personalize.base_model import BaseModel, Wording, open_base
 from mta_ray.personalize.merge_then_adapt import encode
 from mta_ray.personalize.training import TrainConfig
 from mta_ray.pipeline.adapt_users import ActorConfig, packs_of, read_states
-from mta_ray.pipeline.base_model import BaseModel, Wording, open_base
-from mta_ray.pipeline.cluster import ClusterConfig, connect
 from mta_ray.pipeline.embed_users import Embeddings, read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.memory import PeakMemory, watch_memory

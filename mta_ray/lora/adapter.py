@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 _PREFIX = "base_model.model."
@@ -40,6 +40,23 @@ class Adapter:
     def delta(self, module: str) -> Float[Tensor, "fan_out fan_in"]:
         """What the adapter adds to the module's weight, as a dense matrix."""
         return self.scale * self.factors[module].up @ self.factors[module].down
+
+
+def to_bytes(adapter: Adapter) -> bytes:
+    """The factors in safetensors form; the scale is kept beside them by whoever keeps the bytes."""
+    sides = {f"{m}.down": f.down.contiguous() for m, f in adapter.factors.items()}
+    return save(sides | {f"{m}.up": f.up.contiguous() for m, f in adapter.factors.items()})
+
+
+def from_bytes(tensors: bytes, scale: float) -> Adapter:
+    """The adapter that `to_bytes` wrote. Raises ValueError for what is none."""
+    try:
+        sides = load(tensors)
+        modules = sorted(name.removesuffix(".down") for name in sides if name.endswith(".down"))
+        factors = {m: Factors(down=sides[f"{m}.down"], up=sides[f"{m}.up"]) for m in modules}
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"these bytes hold no adapter in safetensors form: {error}") from error
+    return Adapter(factors=factors, scale=scale)
 
 
 def save_peft(adapter: Adapter, folder: str | Path, *, base_model: str) -> Path:

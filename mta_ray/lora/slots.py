@@ -204,22 +204,27 @@ def put(layers: Mapping[str, SlotLinear], shelf: str, slot: int, adapter: Adapte
 
     Raises ValueError where modules, rank or shapes differ from the shelf's; then nothing was changed.
     """
+    check_fit(layers, shelf, adapter)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            room, factors = layer.shelves[shelf], adapter.factors[name]
+            room.down[slot].copy_(factors.down)
+            room.up[slot].copy_(factors.up.T * (adapter.scale / room.scale))
+
+
+def check_fit(layers: Mapping[str, SlotLinear], shelf: str, adapter: Adapter) -> None:
+    """Raise ValueError for an adapter whose modules, rank or shapes are not the shelf's."""
     missing, unknown = set(layers) - set(adapter.factors), set(adapter.factors) - set(layers)
     if missing or unknown:
         example = sorted(missing | unknown)[0]
         raise ValueError(f"the adapter's modules are not the model's: {len(missing | unknown)} differ, e.g. {example}")
     for name, layer in layers.items():
         room, factors = layer.shelves[shelf], adapter.factors[name]
-        if room.down[slot].shape != factors.down.shape or room.up[slot].T.shape != factors.up.shape:
+        if room.down.shape[1:] != factors.down.shape or room.up.shape[:0:-1] != factors.up.shape:
             raise ValueError(
                 f"{name}: adapter factors {tuple(factors.down.shape)} and {tuple(factors.up.shape)} do not fit "
-                f"slots of {tuple(room.down.shape[1:])} and {tuple(room.up[slot].T.shape)}: another base model or rank"
+                f"slots of {tuple(room.down.shape[1:])} and {tuple(room.up.shape[:0:-1])}: another base model or rank"
             )
-    with torch.no_grad():
-        for name, layer in layers.items():
-            room, factors = layer.shelves[shelf], adapter.factors[name]
-            room.down[slot].copy_(factors.down)
-            room.up[slot].copy_(factors.up.T * (adapter.scale / room.scale))
 
 
 def take(layers: Mapping[str, SlotLinear], shelf: str, slot: int) -> Adapter:

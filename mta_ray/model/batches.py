@@ -43,13 +43,20 @@ def prompt_ids(backbone: Backbone, prompt: str, *, room: int = 0) -> list[int]:
     """The prompt's tokens with the model's opening token and no closing one; cut on the left (the oldest context goes)
     so that `room` tokens are left for an answer."""
     tokenizer = backbone.tokenizer
-    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-    if ids and ids[-1] in (tokenizer.sep_token_id, tokenizer.eos_token_id):
-        ids.pop()
+    ids = whole_prompt_ids(backbone, prompt)
     limit = backbone.max_tokens - room
     has_opening = bool(ids) and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
     if len(ids) > limit:
         ids = ids[:1] + ids[len(ids) - limit + 1 :] if has_opening else ids[-limit:]
+    return ids
+
+
+def whole_prompt_ids(backbone: Backbone, prompt: str) -> list[int]:
+    """The prompt's tokens with the model's opening token and no closing one, however many."""
+    tokenizer = backbone.tokenizer
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+    if ids and ids[-1] in (tokenizer.sep_token_id, tokenizer.eos_token_id):
+        ids.pop()
     return ids
 
 

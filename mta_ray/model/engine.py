@@ -188,12 +188,7 @@ class Engine:
         Raises ValueError at once for factors that are not finite or absurdly large: they would disturb other users.
         Modules, ranks and shapes that do not fit make the Future raise ValueError; nothing was changed then.
         """
-        for module, factors in adapter.factors.items():
-            for tensor in (factors.down, factors.up * adapter.scale):
-                if not bool((tensor.abs() <= LARGEST_FACTOR).all()):  # false for NaN too
-                    raise ValueError(
-                        f"{module}: the adapter holds values that are not finite or above {LARGEST_FACTOR:g}"
-                    )
+        check_values(adapter)
         return self.between_steps(lambda: put(self.routed.layers, shelf, slot, adapter))
 
     def wipe(self, shelf: str, slot: int) -> Future:
@@ -235,6 +230,11 @@ class Engine:
                 steps=self._steps,
                 tokens=self._tokens,
             )
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it steps by itself."""
+        return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
         """Step in a thread of its own until `close`."""
@@ -447,6 +447,14 @@ class Engine:
             except RuntimeError:  # the loop is closed: nobody will read
                 for ticket, _ in pieces:
                     self._cancel(ticket)
+
+
+def check_values(adapter: Adapter) -> None:
+    """Raise ValueError for factors that are not finite or absurdly large."""
+    for module, factors in adapter.factors.items():
+        for tensor in (factors.down, factors.up * adapter.scale):
+            if not bool((tensor.abs() <= LARGEST_FACTOR).all()):  # false for NaN too
+                raise ValueError(f"{module}: the adapter holds values that are not finite or above {LARGEST_FACTOR:g}")
 
 
 def _deliver_all(pieces: list[tuple[Ticket, Piece]]) -> None:

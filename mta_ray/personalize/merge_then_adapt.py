@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,17 +48,22 @@ def encode(means: Float[ndarray, "users dim"], center: Float[ndarray, " dim"]) -
     return unit(np.where(known, means - center, 0.0).astype(np.float32))
 
 
-def route_users(vectors: Float[ndarray, "users dim"], bank: Bank, config: FusionConfig) -> list[Route]:
+def route_users(
+    vectors: Float[ndarray, "users dim"], bank: Bank, config: FusionConfig, *, without: Collection[int] = ()
+) -> list[Route]:
     """Each user's route through the bank: the k nearest anchors with their weights (MTA, stage 2).
 
     `vectors` are what `encode` gives with the bank's centre. A zero vector (no history yet) is the documented cold
-    start: every anchor alike.
+    start: every anchor alike. `without` are slots whose anchors are out of service; the others take their place.
     """
-    k = min(config.k, len(bank))
-    found = nearest(vectors, bank.embeddings, k)
-    everyone = Route(slots=tuple(range(len(bank))), weights=(1 / len(bank),) * len(bank))
+    in_service = np.array([slot for slot in range(len(bank)) if slot not in without])
+    if not len(in_service):
+        raise ValueError(f"all {len(bank)} anchors of the bank are out of service; build it again")
+    k = min(config.k, len(in_service))
+    found = nearest(vectors, bank.embeddings[in_service], k)
+    everyone = Route(slots=tuple(in_service.tolist()), weights=(1 / len(in_service),) * len(in_service))
     routes = []
-    for vector, slots, cosines in zip(vectors, found.indices, found.similarities, strict=True):
+    for vector, slots, cosines in zip(vectors, in_service[found.indices], found.similarities, strict=True):
         if not vector.any():
             routes.append(everyone)
             continue
@@ -76,10 +81,12 @@ def stack_users(
     routed: RoutedModel,
     users: Sequence[tuple[str, Sequence[Tokens], Mapping[str, Route] | None]],
     config: TrainConfig,
+    *,
+    on_step: Callable[[int], None] | None = None,
 ) -> PackResult:
     """Train one own adapter for each (user id, examples, frozen route below) in one pack (MTA, stage 3).
 
     Without a route below it is OPPU: one LoRA a user on the bare base model.
     """
     jobs = [Job(id=user_id, examples=examples, background=below) for user_id, examples, below in users]
-    return train_pack(routed, jobs, config)
+    return train_pack(routed, jobs, config, on_step=on_step)

@@ -15,18 +15,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 from ray.util import ActorPool
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.users import User
-from mta_ray.lora.adapter import Adapter, Factors
+from mta_ray.lora.adapter import Adapter, from_bytes, to_bytes
 from mta_ray.lora.bank import load_bank
 from mta_ray.lora.slots import Route
+from mta_ray.personalize.base_model import open_base, tokenised
 from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig, encode, route_users, stack_users
 from mta_ray.personalize.training import TrainConfig
-from mta_ray.pipeline.base_model import open_base, tokenised
-from mta_ray.pipeline.cluster import ClusterConfig, connect
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.prepare_users import read_users
@@ -225,7 +223,7 @@ class _Stacker:
                 "user_id": user.id,
                 "slots": list(route.slots),
                 "weights": list(route.weights),
-                "stack": save_tensors(_flat(adapter)),
+                "stack": to_bytes(adapter),
                 "scale": adapter.scale,
                 "bytes": route.bytes + adapter_bytes(adapter),
                 "seconds": seconds,
@@ -234,19 +232,11 @@ class _Stacker:
         ]
 
 
-def _flat(adapter: Adapter) -> dict[str, Any]:
-    sides = {f"{m}.down": f.down.contiguous() for m, f in adapter.factors.items()}
-    return sides | {f"{m}.up": f.up.contiguous() for m, f in adapter.factors.items()}
-
-
 def _state(row: dict[str, Any]) -> UserState:
-    tensors = load_tensors(row["stack"])
-    modules = sorted(name.removesuffix(".down") for name in tensors if name.endswith(".down"))
-    factors = {m: Factors(down=tensors[f"{m}.down"], up=tensors[f"{m}.up"]) for m in modules}
     return UserState(
         user_id=row["user_id"],
         route=Route(slots=tuple(row["slots"]), weights=tuple(row["weights"])),
-        stack=Adapter(factors=factors, scale=row["scale"]),
+        stack=from_bytes(row["stack"], row["scale"]),
         bytes=row["bytes"],
         seconds=row["seconds"],
     )

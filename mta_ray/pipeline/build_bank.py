@@ -19,13 +19,13 @@ from ray.actor import ActorHandle
 from safetensors.torch import load_file, save_file
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish, refuse_stranger
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.bank import assemble, save_bank
 from mta_ray.model.backbone import RoutedModel
+from mta_ray.personalize.base_model import open_base, tokenised
 from mta_ray.personalize.merge_then_adapt import encode
 from mta_ray.personalize.training import Job, TrainConfig, train_pack
-from mta_ray.pipeline.base_model import open_base, tokenised
-from mta_ray.pipeline.cluster import ClusterConfig, connect
 from mta_ray.pipeline.embed_users import Embeddings, read_embeddings
 from mta_ray.pipeline.group import (
     GroupConfig,

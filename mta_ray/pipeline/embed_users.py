@@ -15,10 +15,10 @@ from numpy import ndarray
 from ray.actor import ActorHandle
 
 from mta_ray.artifacts import is_current, located, open_artifact, publish
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.prompts import render_item
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import from_table
-from mta_ray.pipeline.cluster import ClusterConfig, connect
 from mta_ray.pipeline.prepare_users import users_dataset
 from mta_ray.pipeline.progress import follow, open_board
 from mta_ray.similarity.embedding import EMBEDDED, Encoder

@@ -29,10 +29,10 @@ import ray
 from ray.actor import ActorHandle
 
 from mta_ray.artifacts import is_current, located, open_artifact, publish
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.readers import LampFile, Reject
 from mta_ray.lamp.tasks import Task, task_named
 from mta_ray.lamp.users import FEW_SHOT_ITEMS, SCHEMA, User, from_table
-from mta_ray.pipeline.cluster import ClusterConfig, connect
 from mta_ray.pipeline.progress import follow, open_board
 from mta_ray.pipeline.user_shards import BATCH_USERS, Spill, join_rows, read_spilled, sort_out
 

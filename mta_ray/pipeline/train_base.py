@@ -13,12 +13,12 @@ import ray
 from ray.actor import ActorHandle
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lora.adapter import save_peft
 from mta_ray.model.backbone import EMBEDDED, RoutedModel, fingerprint, load_backbone, merge
+from mta_ray.personalize.base_model import KIND, PromptConfig, Wording, open_base, tokenised
 from mta_ray.personalize.training import Job, TrainConfig, train_pack, train_whole
-from mta_ray.pipeline.base_model import KIND, PromptConfig, Wording, open_base, tokenised
-from mta_ray.pipeline.cluster import ClusterConfig, connect
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import (
     GroupConfig,

@@ -12,9 +12,9 @@ import ray
 from ray.data.datasource import FilenameProvider
 
 from mta_ray.artifacts import is_current, located, publish
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import to_table
-from mta_ray.pipeline.cluster import ClusterConfig, connect
 from mta_ray.population.people import WorldConfig, simulate_user
 
 log = logging.getLogger(__name__)

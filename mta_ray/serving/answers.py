@@ -218,7 +218,7 @@ class UserDeleted(BaseModel):
 
 
 def user_view(state: UserState, *, slots: Mapping[UserId, int], active_bank: str | None, stack_status: str) -> UserView:
-    """A user as its own tenant may see it; `slots` are those of the bank that the route is of."""
+    """A user as its own tenant may see it; `slots` are those in service of its route's bank."""
     route = state.route
     anchors = [
         AnchorView(slot=slots[anchor], weight=weight, user=anchor.id if anchor.tenant == state.user.tenant else None)
@@ -234,7 +234,9 @@ def user_view(state: UserState, *, slots: Mapping[UserId, int], active_bank: str
         history_digest=state.history_digest,
         bank_version=route.bank_version if route else None,
         anchors=anchors,
-        is_route_current=active_bank is not None and state.has_route_for(active_bank),
+        is_route_current=active_bank is not None
+        and state.has_route_for(active_bank)
+        and len(anchors) == len(route.anchors if route else ()),
         stack_version=state.stack_version,
         stack_bytes=state.stack_bytes,
         stack_status=stack_status,

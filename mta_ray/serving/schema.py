@@ -64,6 +64,8 @@ class BadRequest(ValueError):
         self.status = status
         self.param = param
         self.code = code
+        self.retry_after_s: int | None = None
+        """Set where the same request may be served later."""
 
 
 class Request(BaseModel):

@@ -61,6 +61,10 @@ class SlotTable:
         """Slots that hold a stack, in use or not."""
         return len(self._occupants)
 
+    def keys(self) -> list[StackKey]:
+        """What is in a slot, least recently used first."""
+        return list(self._slot_of)
+
     @property
     def pinned(self) -> int:
         """Slots in use by requests in flight."""

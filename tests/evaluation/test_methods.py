@@ -17,10 +17,10 @@ from mta_ray.lora.fusion import stack
 from mta_ray.lora.slots import Route, take
 from mta_ray.model.backbone import RoutedModel, merge
 from mta_ray.model.generate import answer
+from mta_ray.personalize.base_model import PromptConfig, Wording, tokenised
 from mta_ray.personalize.merge_then_adapt import fused_adapter, stack_users
 from mta_ray.personalize.training import TrainConfig
 from mta_ray.pipeline.adapt_users import UserState
-from mta_ray.pipeline.base_model import PromptConfig, Wording, tokenised
 from mta_ray.population.people import WorldConfig, simulate_user
 
 OPPU = TrainConfig(rank=2, alpha=4.0, steps=2, examples_per_step=2, learning_rate=1e-2)

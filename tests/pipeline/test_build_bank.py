@@ -14,10 +14,10 @@ from peft import PeftModel
 from mta_ray.artifacts import open_artifact
 from mta_ray.lora.bank import load_bank
 from mta_ray.model.backbone import RoutedModel
+from mta_ray.personalize.base_model import open_base, tokenised
 from mta_ray.personalize.merge_then_adapt import BANK, stack_users
 from mta_ray.personalize.training import Job, TrainConfig, train_pack
 from mta_ray.pipeline.adapt_users import ActorConfig, AdaptUsersConfig, adapt_users, packs_of, read_states
-from mta_ray.pipeline.base_model import open_base, tokenised
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
 from mta_ray.pipeline.group import GroupConfig

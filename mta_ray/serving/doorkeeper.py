@@ -1,0 +1,67 @@
+"""Who may come in, how often, and with how much: from a request to its tenant and its body."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+
+from fastapi import Request
+
+from mta_ray.serving.keys import ApiKey, Bucket, InvalidKey, Keys, full_bucket, take
+from mta_ray.serving.schema import BadRequest, Limits
+
+
+class Doorkeeper:
+    """One ingress process's; each of them counts a key's requests by itself."""
+
+    def __init__(self, keys: Keys, limits: Limits, *, local_tenant: str) -> None:
+        """`local_tenant`: whose requests come from this machine while there are no keys."""
+        self._keys, self._limits, self._local_tenant = keys, limits, local_tenant
+        self._has_keys = False
+        self._buckets: dict[str, Bucket] = {}
+
+    async def tenant(self, request: Request) -> str:
+        """Whose users the request may name. Raises BadRequest: 401, 403 or 429."""
+        if not self._has_keys:
+            self._has_keys = await asyncio.to_thread(self._keys.are_configured)
+        if not self._has_keys:
+            if not _is_local(request):
+                message = "no API key is configured, so only this machine is served; make one with `mta keys make`"
+                raise BadRequest(message, status=403, code="no_key_configured")
+            return self._local_tenant
+        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        try:
+            if scheme.lower() != "bearer":
+                raise InvalidKey
+            key = await asyncio.to_thread(self._keys.verify, secret.strip())
+        except InvalidKey:
+            raise BadRequest("invalid API key", status=401, code="invalid_api_key") from None
+        self._spend(key)
+        return key.tenant
+
+    def _spend(self, key: ApiKey) -> None:
+        now_s = time.monotonic()
+        bucket = self._buckets.get(key.key_id) or full_bucket(key.requests_per_minute, now_s)
+        self._buckets[key.key_id], wait_s = take(bucket, key.requests_per_minute, now_s)
+        if wait_s:
+            error = BadRequest("too many requests for this key", status=429, code="rate_limit_exceeded")
+            error.retry_after_s = max(1, round(wait_s + 0.5))
+            raise error
+
+    async def body(self, request: Request) -> bytes:
+        """The body, read no further than is allowed."""
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self._limits.body_mib * 2**20:
+                message = f"the body is larger than {self._limits.body_mib:g} MiB"
+                raise BadRequest(message, status=413, code="body_too_large")
+        return bytes(body)
+
+
+def _is_local(request: Request) -> bool:
+    try:
+        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,90 @@
+"""What passes between the ingress and the replicas: questions in, pieces of answers out. Plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mta_ray.lamp.users import HistoryItem
+from mta_ray.model.sampling import Sampling
+from mta_ray.serving.identity import UserId
+from mta_ray.serving.user_state import UserState
+from mta_ray.serving.wording import Turn
+
+Finish = Literal["stop", "length"]
+RETRY_AFTER_S = 1
+"""What a client that found no room is told: a row is free again within about a second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A question."""
+
+    user: UserId | None
+    turns: tuple[Turn, ...] = ()
+    """Of a chat."""
+    text: str | None = None
+    """To go on with; then there are no turns."""
+    max_tokens: int | None
+    """None: the client did not say."""
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewHistory:
+    """Items for a user."""
+
+    user: UserId
+    items: tuple[HistoryItem, ...]
+    task: str
+    replaces: bool
+    expected_version: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The first thing that comes of an answer: the request has a place in the engine."""
+
+    bank_version: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToldToken:
+    """A token with its log-probability, as text."""
+
+    text: str
+    logprob: float
+    alternatives: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Text that is certain."""
+
+    text: str
+    tokens: int
+    """Of the answer so far."""
+    told: tuple[ToldToken, ...] = ()
+    """Where log-probabilities were asked for."""
+    finish: Finish | None = None
+    """Set on the last part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """No answer: an HTTP status and OpenAI's fields. A value, not an exception: no log quotes what a client sent."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """New history is in force."""
+
+    state: UserState

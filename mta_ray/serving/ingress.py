@@ -1,0 +1,328 @@
+"""The deployment that clients talk to: OpenAI's endpoint and ours, in front of the replicas.
+
+It knows keys, limits and the wire format, and no model; it may run anywhere and in any number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager, suppress
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from mta_ray.model.sampling import Sampling
+from mta_ray.serving.answers import (
+    END_OF_STREAM,
+    Model,
+    ModelList,
+    StackAccepted,
+    UserDeleted,
+    error_answer,
+    error_of,
+    to_event,
+    to_json,
+    user_view,
+)
+from mta_ray.serving.args import ServingArgs
+from mta_ray.serving.banks import Banks, UnknownBank
+from mta_ray.serving.database import open_database
+from mta_ray.serving.doorkeeper import Doorkeeper
+from mta_ray.serving.exchange import RETRY_AFTER_S, Ask, NewHistory, Part, Refused, Started, Stored
+from mta_ray.serving.identity import UserId
+from mta_ray.serving.keys import Keys
+from mta_ray.serving.schema import BadRequest, ChatRequest, CompletionRequest, HistoryRequest, parse, user_id
+from mta_ray.serving.stack_queue import StackQueue
+from mta_ray.serving.user_state import UserState
+from mta_ray.serving.user_store import UnknownUser, UserStore
+from mta_ray.serving.voices import ChatVoice, CompletionVoice, Voice
+from mta_ray.serving.wording import Turn
+
+log = logging.getLogger(__name__)
+BANK_HEADER = "x-mta-bank-version"
+READY_TIMEOUT_S = 5.0
+NOTICE_TIMEOUT_S = 5.0
+TRIES = 2
+"""Of a question whose replica died before it was admitted: once more, at another one."""
+
+
+class Ingress:
+    """The endpoints, each a few lines."""
+
+    def __init__(self, args: ServingArgs, model: DeploymentHandle, stacker: DeploymentHandle) -> None:
+        self.args, self.limits = args, args.limits
+        self.model, self.stacker = model, stacker
+        database = open_database(args.database)
+        self.store, self.banks = UserStore(database, args.history), Banks(database)
+        self.queue = StackQueue(database, args.queue)
+        self._door = Doorkeeper(Keys(database), args.limits, local_tenant=args.tenant)
+        self._training: asyncio.Task[None] | None = None
+        self._started_s = int(time.time())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        app = FastAPI(title="mta_ray", docs_url=None, redoc_url=None)
+        for kind in (BadRequest, HTTPException, UnknownUser, Exception):
+            app.add_exception_handler(kind, self._told)
+        add = app.add_api_route
+        add("/healthz", self.healthz, methods=["GET"])
+        add("/readyz", self.readyz, methods=["GET"])
+        add("/v1/models", self.models, methods=["GET"])
+        add("/v1/chat/completions", self.chat, methods=["POST"])
+        add("/v1/completions", self.completions, methods=["POST"])
+        add("/v1/users/{user:path}/history", self.put_history, methods=["PUT"])
+        add("/v1/users/{user:path}/stack", self.ask_stack, methods=["POST"])
+        add("/v1/users/{user:path}", self.read_user, methods=["GET"])
+        add("/v1/users/{user:path}", self.delete_user, methods=["DELETE"])
+        return app
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve: users who wait for a stack after a restart are not forgotten."""
+        await self._train_if_asked()
+
+    # ---- OpenAI's
+
+    async def chat(self, request: Request) -> Response:
+        tenant = await self._door.tenant(request)
+        body = parse(ChatRequest, await self._door.body(request), self.limits)
+        turns = tuple(Turn(role=message.role, text=message.text) for message in body.messages)
+        voice = ChatVoice(id=f"chatcmpl-{secrets.token_hex(12)}", model=body.model, created=int(time.time()))
+        return await self._answer(body, self._ask(body, tenant, turns=turns), voice)
+
+    async def completions(self, request: Request) -> Response:
+        tenant = await self._door.tenant(request)
+        body = parse(CompletionRequest, await self._door.body(request), self.limits)
+        voice = CompletionVoice(id=f"cmpl-{secrets.token_hex(12)}", model=body.model, created=int(time.time()))
+        return await self._answer(body, self._ask(body, tenant, text=body.text), voice)
+
+    async def models(self, request: Request) -> Response:
+        await self._door.tenant(request)
+        return await self._json(ModelList(data=[Model(id=self.args.model_name, created=self._started_s)]))
+
+    # ---- users
+
+    async def put_history(self, user: str, request: Request) -> Response:
+        who = await self._who(user, request)
+        body = parse(HistoryRequest, await self._door.body(request), self.limits)
+        new = NewHistory(
+            user=who,
+            items=tuple(body.history_items()),
+            task=body.task,
+            replaces=body.mode == "replace",
+            expected_version=body.expected_version,
+        )
+        with _busy_is_told():
+            stored: Stored | Refused = await self._at_home(who).put_history.remote(new)
+        if isinstance(stored, Refused):
+            return self._refusal(stored)
+        return await self._view(stored.state)
+
+    async def read_user(self, user: str, request: Request) -> Response:
+        who = await self._who(user, request)
+        return await self._view(await asyncio.to_thread(self.store.read, who))
+
+    async def delete_user(self, user: str, request: Request) -> Response:
+        who = await self._who(user, request)
+        was_anchor = await asyncio.to_thread(self.store.delete, who)
+        # A replica that cannot be reached now notices by itself: at its next request, or its next health check.
+        with suppress(TimeoutError, RayActorError, BackPressureError):
+            async with asyncio.timeout(NOTICE_TIMEOUT_S):
+                await self.model.broadcast("forget", who).results_async(return_exceptions=True)
+                if was_anchor:
+                    await self.model.reroute.remote(who)
+        return await self._json(UserDeleted(id=who.id, was_anchor=was_anchor))
+
+    async def ask_stack(self, user: str, request: Request) -> Response:
+        who = await self._who(user, request)
+        await asyncio.to_thread(self.queue.enqueue, who)
+        status = await asyncio.to_thread(self.queue.status, who)
+        await self._train_if_asked()
+        return await self._json(StackAccepted(id=who.id, status=status), status=202)
+
+    # ---- the machine's
+
+    async def healthz(self) -> Response:
+        return Response(b'{"status":"ok"}', media_type="application/json")
+
+    async def readyz(self) -> Response:
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                version = await self.model.bank_version.remote()
+        except (TimeoutError, RayActorError, BackPressureError):
+            return self._refusal(Refused(status=503, message="no replica answers yet", retry_after_s=RETRY_AFTER_S))
+        return Response(b'{"status":"ready"}', media_type="application/json", headers={BANK_HEADER: version})
+
+    # ---- questions
+
+    async def _who(self, user: str, request: Request) -> UserId:
+        tenant = await self._door.tenant(request)
+        return UserId(tenant=tenant, id=user_id(user, self.limits))
+
+    def _ask(
+        self,
+        body: ChatRequest | CompletionRequest,
+        tenant: str,
+        *,
+        turns: tuple[Turn, ...] = (),
+        text: str | None = None,
+    ) -> Ask:
+        if body.model != self.args.model_name:
+            message = f"there is no model of this name; this one is called {self.args.model_name}"
+            raise BadRequest(message, status=404, param="model", code="model_not_found")
+        given = None if _tokens_wanted(body) is None else body.tokens_allowed(self.limits)
+        return Ask(
+            user=None if body.user is None else UserId(tenant=tenant, id=body.user),
+            turns=turns,
+            text=text,
+            max_tokens=given,
+            sampling=Sampling(
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                seed=body.seed,
+                logprobs=body.logprobs_wanted,
+            ),
+            stops=body.stops,
+        )
+
+    async def _answer(self, body: ChatRequest | CompletionRequest, ask: Ask, voice: Voice) -> Response:
+        events = self._events(ask)
+        started = await anext(events)
+        if isinstance(started, Refused):
+            return self._refusal(started)
+        assert isinstance(started, Started)
+        headers = {BANK_HEADER: started.bank_version}
+        if body.stream:
+            told = _as_events(events, voice, started.prompt_tokens if body.wants_usage else None)
+            return StreamingResponse(told, media_type="text/event-stream", headers=headers)
+        parts: list[Part] = []
+        async for event in events:
+            if isinstance(event, Refused):
+                return self._refusal(event)
+            assert isinstance(event, Part)
+            parts.append(event)
+        return Response(
+            to_json(voice.whole(parts, started.prompt_tokens)), media_type="application/json", headers=headers
+        )
+
+    async def _events(self, ask: Ask) -> AsyncGenerator[Started | Part | Refused, None]:
+        """What the replica says. Closed early (the client is gone), the request is cancelled there."""
+        for tries_left in reversed(range(TRIES)):
+            answer = self._at_home(ask.user).options(stream=True).generate.remote(ask)
+            has_begun = is_over = False
+            try:
+                async for event in answer:
+                    has_begun = True
+                    yield event
+                is_over = True
+                return
+            except RayActorError:
+                is_over = True
+                if has_begun or not tries_left:
+                    raise _busy() from None
+            except BackPressureError:
+                is_over = True
+                raise _busy() from None
+            finally:
+                if not is_over:
+                    answer.cancel()
+
+    def _at_home(self, user: UserId | None) -> DeploymentHandle:
+        """The replica that has the user's stack, or any. The id is a hash: names are no part of Ray's state."""
+        return self.model if user is None else self.model.options(multiplexed_model_id=user.digest.hex()[:32])
+
+    async def _train_if_asked(self) -> None:
+        """See to it that a trainer runs while users wait; Ray Serve starts one for the call, and ends it after."""
+        if self._training is not None and not self._training.done():
+            return
+        if await asyncio.to_thread(self.queue.waiting):
+            self._training = asyncio.create_task(self._train())
+
+    async def _train(self) -> None:
+        try:
+            while await asyncio.to_thread(self.queue.waiting):
+                await self.stacker.train.remote()
+        except (RayActorError, BackPressureError) as error:  # its users wait on, until the next health check
+            log.warning("the stacks' trainer is gone: %s", type(error).__name__)
+
+    # ---- what goes out
+
+    async def _json(self, answer: BaseModel, *, status: int = 200) -> Response:
+        version = (await asyncio.to_thread(self.banks.state)).active_version
+        headers = {BANK_HEADER: version} if version else {}
+        return Response(to_json(answer), status, media_type="application/json", headers=headers)
+
+    async def _view(self, state: UserState) -> Response:
+        def build() -> BaseModel:
+            active = self.banks.state().active_version
+            slots: dict[UserId, int] = {}
+            with suppress(UnknownBank):
+                if state.route is not None:
+                    bank = self.banks.get(state.route.bank_version)
+                    slots = {a: s for s, a in enumerate(bank.bank.anchors) if s not in bank.retired_slots}
+            return user_view(state, slots=slots, active_bank=active, stack_status=self.queue.status(state.user))
+
+        return await self._json(await asyncio.to_thread(build))
+
+    async def _told(self, request: Request, error: Exception) -> Response:
+        """Every error of every endpoint, in OpenAI's shape."""
+        if isinstance(error, BadRequest):
+            retry = {"retry-after": str(error.retry_after_s)} if error.retry_after_s else {}
+            return Response(error_of(error).body(), error.status, media_type="application/json", headers=retry)
+        if isinstance(error, UnknownUser):
+            return self._refusal(Refused(status=404, message="no such user", param="user", code="user_not_found"))
+        if isinstance(error, HTTPException):
+            return self._refusal(Refused(status=error.status_code, message=str(error.detail)))
+        return self._refusal(Refused(status=500, message="something went wrong here", code="internal_error"))
+
+    def _refusal(self, refused: Refused) -> Response:
+        answer = error_answer(refused.status, refused.message, param=refused.param, code=refused.code)
+        headers = {"retry-after": str(refused.retry_after_s)} if refused.retry_after_s else {}
+        return Response(answer.body(), refused.status, media_type="application/json", headers=headers)
+
+
+@contextmanager
+def _busy_is_told() -> Iterator[None]:
+    """No replica took the call, or it died at it: 503, to be sent again. (Ray Serve would tell it in its own words.)"""
+    try:
+        yield
+    except (BackPressureError, RayActorError):
+        raise _busy() from None
+
+
+def _busy() -> BadRequest:
+    error = BadRequest("the server is busy; send the request again", status=503, code="busy")
+    error.retry_after_s = RETRY_AFTER_S
+    return error
+
+
+async def _as_events(
+    events: AsyncGenerator[Started | Part | Refused, None], voice: Voice, prompt_tokens: int | None
+) -> AsyncIterator[bytes]:
+    """A stream of OpenAI's chunks. `prompt_tokens`: the last one tells the usage."""
+    tokens = 0
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Refused):
+                    raise BadRequest(event.message, status=event.status, param=event.param, code=event.code)
+                if isinstance(event, Part):
+                    tokens = event.tokens
+                    yield to_event(voice.chunk(event))
+    except BadRequest as error:  # the status has been sent; the official client raises this one
+        yield b"data: " + error_of(error).body() + b"\n\n"
+        return
+    if prompt_tokens is not None:
+        yield to_event(voice.last(prompt_tokens, tokens))
+    yield END_OF_STREAM
+
+
+def _tokens_wanted(body: ChatRequest | CompletionRequest) -> int | None:
+    return getattr(body, "max_completion_tokens", None) or body.max_tokens

@@ -1,0 +1,181 @@
+"""`mta serve` and `mta bank publish`: the service on this machine in one command, and another bank without a stop."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import shlex
+import signal
+import socket
+import threading
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+
+from ray import serve
+
+from mta_ray.artifacts import located
+from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.personalize.base_model import open_base
+from mta_ray.serving.app import build_app
+from mta_ray.serving.args import ServingArgs
+from mta_ray.serving.banks import Banks
+from mta_ray.serving.database import Database, DatabaseConfig, open_database
+from mta_ray.serving.keys import Keys
+from mta_ray.serving.served_bank import describe
+
+log = logging.getLogger(__name__)
+APP_NAME = "mta"
+LOGGING = {"enable_access_log": False}
+"""Of Ray Serve: its access log would hold users' names, which stand in paths."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig(ServingArgs):
+    """The service on this machine."""
+
+    host: str = "127.0.0.1"
+    """Where to listen; anything but this machine itself needs an API key (mta keys make)."""
+    port: int = 8000
+    """0: any that is free."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where to run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishBankConfig:
+    """Another bank for a service that runs, or will."""
+
+    bank: str
+    """The bank's artifact."""
+    base: str = "runs/quickstart/base"
+    """The `base` artifact that the service holds."""
+    store: str = "runs/serving.db"
+    """The service's store."""
+    tenant: str = "default"
+    """Whose users the bank's anchors are."""
+    version: str | None = None
+    """Its name, in the header of every answer; none: the beginning of the artifact's hash."""
+
+
+def serve_here(config: ServeConfig) -> str:
+    """Serve until Ctrl-C; prints where, and how to ask."""
+    # 1. what would go wrong later is told now
+    config = located(config, "base", "bank", "store") if _is_file(config.store) else located(config, "base", "bank")
+    fingerprint = open_base(config.base).fingerprint
+    with closing(open_database(config.database)) as database:
+        has_keys = Keys(database).are_configured()
+        if not has_keys and not is_loopback(config.host):
+            raise ValueError(
+                f"host is {config.host} and no API key is configured: make one with `mta keys make --tenant NAME "
+                f"--database.url {config.store}`, or leave host at 127.0.0.1"
+            )
+        _adopt(config, database, fingerprint)
+    if config.port and not _is_free(config.host, config.port):
+        raise ValueError(f"port {config.port} of {config.host} is taken; give another --port, or 0 for any")
+    port = config.port or _free_port(config.host)
+
+    # 2. run
+    cluster = config.cluster
+    if cluster.cpus is None and cluster.address is None:
+        needed = int(config.replicas * config.cpus_per_replica * 1.5 + 1)
+        cluster = replace(cluster, cpus=max(needed, os.cpu_count() or 1))
+    with connect(cluster):
+        _sigterm_as_interrupt()
+        try:
+            http = {"host": config.host, "port": port}
+            serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LOGGING)
+            serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config=LOGGING)
+            print(_welcome(config, port, has_keys), flush=True)
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            log.info("ending, after the answers under way")
+        finally:
+            serve.delete(APP_NAME)  # no more: on a cluster that was joined, others may be served too
+    return "ended"
+
+
+def publish_bank(config: PublishBankConfig) -> str:
+    """Put a bank in force. Replicas load it beside the old one, and change between two requests."""
+    config = located(config, "bank", "base")
+    fingerprint = open_base(config.base).fingerprint
+    with closing(open_database(DatabaseConfig(url=config.store))) as database:
+        banks = Banks(database)
+        new = describe(config.bank, base_fingerprint=fingerprint, tenant=config.tenant, version=config.version)
+        banks.publish(new)
+        before = banks.state().active_version
+        banks.activate(new.version)
+        retired = len(banks.get(new.version).retired_slots)
+    out = f", {retired} of them out of service" if retired else ""
+    return f"bank {new.version} is in force ({len(new.anchors)} anchors{out}); before: {before or 'none'}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _sigterm_as_interrupt() -> None:
+    """A polite kill is Ctrl-C again: Ray has put its own handler in place, which ends the process with a C++ trace."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+
+
+def _adopt(config: ServeConfig, database: Database, fingerprint: str) -> None:
+    """A bank that the store has not seen (a new run at the old place) is in force; a known one changes nothing."""
+    banks = Banks(database)
+    new = describe(config.bank, base_fingerprint=fingerprint, tenant=config.tenant)
+    known = {banks.get(version).bank.hash: version for version in banks.versions()}
+    if new.hash not in known:
+        banks.publish(new)
+        banks.activate(new.version)
+        return
+    active = banks.state().active_version
+    if active != known[new.hash]:
+        log.info("bank %s stays in force; `mta bank publish --bank %s` changes it", active, shlex.quote(config.bank))
+
+
+def _welcome(config: ServeConfig, port: int, has_keys: bool) -> str:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host}:{port}/v1"
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if has_keys else ""
+    who = "API keys are asked for" if has_keys else "no API key is configured: only this machine is served"
+    body = (
+        f'{{"model": "{config.model_name}", "user": "alice", "max_tokens": 16, "temperature": 0, '
+        '"messages": [{"role": "user", "content": "a lonely robot finds a friend"}]}'
+    )
+    return (
+        f"serving at {url} ({who}); Ctrl-C ends it\n"
+        f"curl {url}/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    )
+
+
+def _is_file(store: str) -> bool:
+    return "://" not in store
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

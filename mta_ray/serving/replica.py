@@ -1,0 +1,361 @@
+"""One replica: base, bank, encoder and engine in a process, behind an asyncio interface. Serves any user of any tenant.
+
+A user's stack is loaded into a slot of a bounded shelf when it is asked for. What is used again is known by everything
+that it depends on: a stack by tenant, user and version, a route by bank version, history version and anchors in
+service. Nothing is shared between requests' keys and values.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import torch
+from ray import serve
+
+from mta_ray.lora.adapter import Adapter, from_bytes
+from mta_ray.lora.slots import Route, check_fit
+from mta_ray.model.backbone import RoutedModel
+from mta_ray.model.engine import Engine, EngineStats, check_values
+from mta_ray.model.requests import EngineClosed, QueueFull, Request, RequestFailed, Ticket
+from mta_ray.personalize.base_model import open_base
+from mta_ray.personalize.merge_then_adapt import BANK
+from mta_ray.serving.args import ServingArgs
+from mta_ray.serving.banks import Banks, PublishedBank
+from mta_ray.serving.database import open_database
+from mta_ray.serving.exchange import RETRY_AFTER_S, Ask, NewHistory, Part, Refused, Started, Stored
+from mta_ray.serving.identity import UserId
+from mta_ray.serving.meters import Meters
+from mta_ray.serving.personal import Personal, open_personaliser
+from mta_ray.serving.schema import BadRequest
+from mta_ray.serving.served_bank import ServedBank, load_served
+from mta_ray.serving.slot_table import NoFreeSlot, SlotTable, StackKey
+from mta_ray.serving.speaker import Speaker
+from mta_ray.serving.stack_queue import StackQueue
+from mta_ray.serving.user_state import UserState
+from mta_ray.serving.user_store import Conflict, HistoryTooLong, UnknownUser, UserStore
+from mta_ray.serving.wording import Prompts
+from mta_ray.similarity.embedding import Encoder
+
+log = logging.getLogger(__name__)
+STACKS = "stacks"
+"""The shelf of users' own stacks."""
+RELOAD_AFTER_S = 30.0
+"""Before a bank that could not be loaded is tried again."""
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """The engine of one bank, with the stacks that lie in its slots."""
+
+    engine: Engine
+    table: SlotTable
+    unfit: set[StackKey] = field(default_factory=set)
+    """Stacks that cannot be used with this base and bank."""
+    wiped: frozenset[int] = frozenset()
+    """Bank slots of retired anchors that are empty already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """A request that has its place."""
+
+    run: Running
+    ticket: Ticket
+    bank_version: str
+    slot: int | None
+    """Of the user's stack, pinned."""
+
+
+class Replica:
+    """The deployment that holds the model."""
+
+    def __init__(self, args: ServingArgs) -> None:
+        torch.set_num_threads(args.threads)
+        self.args = args
+        database = open_database(args.database)
+        self.store = UserStore(database, args.history)
+        self.queue = StackQueue(database, args.queue)
+        base = open_base(args.base)
+        self._fingerprint = base.fingerprint
+        backbone = base.load(device=args.device)
+        self.routed = RoutedModel(backbone, base.targets)
+        self.personaliser = open_personaliser(
+            args, self.store, Banks(database), base_fingerprint=base.fingerprint, device=args.device
+        )
+        self._run = self._running(self.personaliser.served)
+        self.prompts = Prompts(
+            backbone=backbone, wording=base.wording, chat=args.wording, max_tokens=self._run.engine.max_tokens
+        )
+        self._tokenising = threading.Lock()
+        self.meters = Meters()
+        self._is_open = asyncio.Event()
+        self._is_open.set()
+        self._change: asyncio.Task[None] | None = None
+        self._not_taken: tuple[str, float] = ("", 0.0)  # a bank that could not be loaded, and when to try again
+        self._rest: asyncio.Task[int] | None = None
+
+    # ---- what the ingress calls
+
+    async def generate(self, ask: Ask) -> AsyncIterator[Started | Part | Refused]:
+        """The answer in pieces, or why there is none. Closed early, it leaves the batch before the next step."""
+        arrived_s = time.perf_counter()
+        if serve.get_multiplexed_model_id():
+            await self._note_home(serve.get_multiplexed_model_id())
+        try:
+            place = await self._admit(ask)
+        except BadRequest as error:
+            yield Refused(status=error.status, message=str(error), param=error.param, code=error.code)
+            return
+        except (QueueFull, NoFreeSlot, Conflict):
+            self.meters.refused.inc()
+            message = "the server is busy; send the request again"
+            yield Refused(status=503, message=message, code="busy", retry_after_s=RETRY_AFTER_S)
+            return
+
+        speaker = Speaker(self.prompts, ask)
+        prompt_tokens = len(place.ticket.request.prompt)
+        first_s: float | None = None
+        try:
+            yield Started(bank_version=place.bank_version, prompt_tokens=prompt_tokens)
+            async for piece in place.ticket:
+                if first_s is None:
+                    first_s = time.perf_counter() - arrived_s
+                    self.meters.observe(place.run.engine.stats())
+                part = speaker.part(piece)
+                if part is not None:
+                    yield part
+                    if part.finish is not None:
+                        break
+        except RequestFailed:  # the engine has logged why
+            yield Refused(status=500, message="the model failed at this request", code="model_error")
+        finally:
+            place.ticket.cancel()
+            if place.slot is not None and place.run.table.release(place.slot):
+                _wipe(place.run, STACKS, place.slot)
+            total_s = time.perf_counter() - arrived_s
+            self.meters.answered(prompt_tokens=prompt_tokens, tokens=speaker.tokens, first_s=first_s, total_s=total_s)
+            self.meters.observe(place.run.engine.stats())
+
+    async def put_history(self, new: NewHistory) -> Stored | Refused:
+        """New history, in force with the next request; the route is computed here, so that the answer tells it."""
+
+        def write() -> UserState:
+            self.personaliser.follow()
+            state = self.personaliser.put_history(
+                new.user, new.items, task=new.task, replaces=new.replaces, expected_version=new.expected_version
+            )
+            return self.personaliser.model_of(new.user).state or state
+
+        try:
+            return Stored(state=await asyncio.to_thread(write))
+        except Conflict as error:
+            return Refused(status=409, message=str(error), code="conflict")
+        except HistoryTooLong as error:
+            return Refused(status=400, message=str(error), param="items", code="history_too_long")
+
+    async def forget(self, user: UserId) -> None:
+        """The user was deleted: the stack leaves the device, and an anchor the bank's shelf."""
+        await self._noticed(await asyncio.to_thread(self.personaliser.follow))
+        for slot in self._run.table.forget(user.tenant, user.id):
+            _wipe(self._run, STACKS, slot)
+
+    async def reroute(self, anchor: UserId) -> int:
+        """New routes for users who cite a retired anchor: a first page at once, the rest behind the answer."""
+        done = await asyncio.to_thread(self.personaliser.reroute, anchor, pages=1)
+        self._rest = asyncio.create_task(asyncio.to_thread(self.personaliser.reroute, anchor))
+        return done
+
+    async def bank_version(self) -> str:
+        """The bank that is served; answers only where the model is ready to."""
+        await self._is_open.wait()
+        return self.personaliser.served.version
+
+    async def engine_stats(self) -> EngineStats:
+        """How busy this replica is."""
+        return self._run.engine.stats()
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve: what happened to banks, anchors and users is noticed without a request too."""
+        run = self._run
+        if self._is_open.is_set() and not run.engine.is_alive:
+            raise RuntimeError("the engine's thread has ended")
+        if self._change is not None and self._change.done() and self._change.exception() is not None:
+            raise RuntimeError("the bank could not be changed") from self._change.exception()
+        await self._noticed(await asyncio.to_thread(self.personaliser.follow))
+        for key in await asyncio.to_thread(self._outdated, run.table.keys()):
+            for slot in run.table.forget(key.tenant, key.user):
+                _wipe(run, STACKS, slot)
+        self.meters.observe(run.engine.stats())
+
+    @serve.multiplexed(max_num_models_per_replica=1000)
+    async def _note_home(self, model_id: str) -> str:
+        """Tells Ray Serve's router that this replica knows the user; the next request comes here if there is room."""
+        return model_id
+
+    # ---- a request on its way in
+
+    async def _admit(self, ask: Ask) -> Admitted:
+        while True:
+            # 1. the user's route, the prompt, and the stack if it is not on the device
+            await self._is_open.wait()
+            run = self._run
+            other, personal, request = await asyncio.to_thread(self._prepare, ask)
+            await self._noticed(other)
+            key = _stack_key(personal.state)
+            if key in run.unfit:
+                key = None
+            stack: Adapter | None = None
+            if key is not None and key not in run.table:
+                try:
+                    stack = await asyncio.to_thread(self._read_stack, key, personal.served)
+                except Conflict:
+                    continue
+                if stack is None:
+                    run.unfit.add(key)
+                    key = None
+
+            # 2. from here to submit nothing else runs on this loop: whoever finds a stack seated finds it loaded
+            is_current = run is self._run and self._is_open.is_set() and personal.served is self.personaliser.served
+            if is_current and (key is None or stack is not None or key in run.table):
+                return self._submit(run, personal, request, key, stack)
+
+    def _prepare(self, ask: Ask) -> tuple[PublishedBank | None, Personal, Request]:
+        began_s = time.perf_counter()
+        other = self.personaliser.follow()
+        personal = self.personaliser.model_of(ask.user)
+        self.meters.personalise_ms.observe((time.perf_counter() - began_s) * 1e3)
+
+        limits, prompts = self.args.limits, self.prompts
+        new_tokens = prompts.new_tokens(ask.max_tokens, limits.default_tokens)
+        history = self.personaliser.history(ask.user) if ask.user and prompts.needs_history else ()
+        with self._tokenising:
+            if ask.text is not None:
+                ids = prompts.of_text(ask.text, new_tokens)
+            else:
+                ids = prompts.of_chat(ask.turns, history, new_tokens)
+        request = Request(
+            prompt=ids,
+            max_new_tokens=new_tokens,
+            routes={} if personal.route is None else {BANK: personal.route},
+            sampling=ask.sampling,
+            stop_ids=frozenset({prompts.backbone.end_id}),
+            owner=ask.user.digest.hex() if ask.user else "",
+        )
+        return other, personal, request
+
+    def _read_stack(self, key: StackKey, served: ServedBank) -> Adapter | None:
+        """The stack, if it is of this base and bank and fits its slot; one of an older bank is trained anew."""
+        user = UserId(tenant=key.tenant, id=key.user)
+        stack = self.store.read_stack(user)
+        if stack is None or stack.version != key.version:
+            raise Conflict("the stack has changed")
+        if stack.bank_version != served.version or stack.base_fingerprint != self._fingerprint:
+            with suppress(UnknownUser):
+                self.queue.enqueue(user)
+            return None
+        try:
+            adapter = from_bytes(stack.tensors, stack.scale)
+            check_fit(self.routed.layers, STACKS, adapter)
+            check_values(adapter)
+        except ValueError as error:
+            log.warning("a stack of %d bytes cannot be used: %s", len(stack.tensors), error)
+            return None
+        return adapter
+
+    def _submit(
+        self, run: Running, personal: Personal, request: Request, key: StackKey | None, stack: Adapter | None
+    ) -> Admitted:
+        slot: int | None = None
+        if key is not None:
+            seat = run.table.acquire(key)
+            slot = seat.slot
+            (self.meters.stack_misses if seat.is_new else self.meters.stack_hits).inc()
+            request = replace(request, routes={**request.routes, STACKS: Route(slots=(slot,), weights=(1.0,))})
+            if seat.is_new:
+                assert stack is not None
+                run.engine.load(STACKS, slot, stack)
+        try:
+            ticket = run.engine.submit(request, asynchronous=True)
+        except BaseException:
+            if slot is not None and run.table.release(slot):
+                _wipe(run, STACKS, slot)
+            raise
+        return Admitted(run=run, ticket=ticket, bank_version=personal.served.version, slot=slot)
+
+    # ---- the bank
+
+    def _running(self, served: ServedBank) -> Running:
+        """The bank on the model's shelf, an empty shelf for stacks, and an engine over both."""
+        served.bank.load_into(self.routed.layers, BANK)
+        stack = self.args.stack
+        self.routed.add_shelf(STACKS, slots=self.args.stack_slots, rank=stack.rank, alpha=stack.alpha)
+        engine = Engine(self.routed, (BANK, STACKS), self.args.engine)
+        run = Running(engine=engine, table=SlotTable(self.args.stack_slots))
+        engine.start()
+        for slot in served.retired:
+            _wipe(run, BANK, slot)
+        run.wiped = served.retired
+        log.info("bank %s: %d anchors, %d out of service", served.version, len(served.bank), len(served.retired))
+        return run
+
+    async def _noticed(self, other: PublishedBank | None) -> None:
+        """Empty the slots of retired anchors; begin to change to another bank."""
+        run, served = self._run, self.personaliser.served
+        for slot in served.retired - run.wiped:
+            _wipe(run, BANK, slot)
+        run.wiped = run.wiped | served.retired
+        if other is None or (self._change is not None and not self._change.done()):
+            return
+        version, not_before_s = self._not_taken
+        if other.bank.version != version or time.monotonic() >= not_before_s:
+            self._change = asyncio.create_task(self._change_bank(other))
+
+    async def _change_bank(self, published: PublishedBank) -> None:
+        """Load the bank beside the present one, let the requests under way end, then serve it: the others wait."""
+        try:
+            served = await asyncio.to_thread(
+                load_served, published, base_fingerprint=self._fingerprint, fusion=self.args.fusion
+            )
+            encoder = self.personaliser.encoder
+            if encoder.source != served.bank.encoder:
+                encoder = await asyncio.to_thread(Encoder, served.bank.encoder, device=self.args.device)
+        except (OSError, ValueError) as error:
+            log.error("bank %s is not taken, the old one is served on: %s", published.bank.version, error)
+            self._not_taken = (published.bank.version, time.monotonic() + RELOAD_AFTER_S)
+            return
+        self._is_open.clear()
+        await asyncio.to_thread(self._run.engine.close, drain=True)
+        run = await asyncio.to_thread(self._running, served)
+        self.personaliser.take(served, encoder)
+        self._run = run
+        self._is_open.set()
+
+    def _outdated(self, keys: Sequence[StackKey]) -> list[StackKey]:
+        """Stacks on the device that are not their user's any more."""
+        gone = []
+        for key in keys:
+            try:
+                state = self.store.read(UserId(tenant=key.tenant, id=key.user))
+            except UnknownUser:
+                gone.append(key)
+                continue
+            if state.stack_version != key.version:
+                gone.append(key)
+        return gone
+
+
+def _stack_key(state: UserState | None) -> StackKey | None:
+    if state is None or state.stack_version is None:
+        return None
+    return StackKey(tenant=state.user.tenant, user=state.user.id, version=state.stack_version)
+
+
+def _wipe(run: Running, shelf: str, slot: int) -> None:
+    with suppress(EngineClosed):  # its shelves are gone with it
+        run.engine.wipe(shelf, slot)

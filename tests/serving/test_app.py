@@ -1,0 +1,531 @@
+"""The whole service on loopback: real Ray Serve, the official client, and answers compared with plain generation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from mta_ray.artifacts import publish
+from mta_ray.lora.adapter import Adapter, Factors, from_bytes
+from mta_ray.lora.bank import Bank, assemble, save_bank
+from mta_ray.model.backbone import embedded_path, load_backbone, target_modules
+from mta_ray.model.engine import EngineConfig
+from mta_ray.personalize.training import TrainConfig
+from mta_ray.serving.args import ServingArgs
+from mta_ray.serving.banks import Banks
+from mta_ray.serving.database import DatabaseConfig, open_database
+from mta_ray.serving.identity import UserId
+from mta_ray.serving.keys import Keys
+from mta_ray.serving.local import LOGGING, PublishBankConfig, ServeConfig, publish_bank, serve_here
+from mta_ray.serving.schema import Limits
+from mta_ray.serving.user_store import UserStore
+from mta_ray.similarity.embedding import Encoder
+
+ANCHORS = ("anna", "bert", "cleo")
+FILMS = {
+    "ann": ["robots rise in a dark future", "a spaceship lost between the stars"],
+    "bob": ["two lovers meet in Paris", "a wedding nobody wanted"],
+    "cid": ["a heist told backwards"],
+}
+QUESTION = "a lonely robot finds a friend"
+SECRET = "xyzzyplugh"
+"""Stands in a prompt and in a history, and may stand in no log."""
+WAIT_S = 240.0
+"""Far more than anything takes on an idle machine."""
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str
+    folder: Path
+    base: Path
+    bank: Bank
+    store: str
+    keys: dict[str, str]
+
+    def http(self, tenant: str = "acme") -> httpx.Client:
+        return httpx.Client(
+            base_url=self.url, headers={"authorization": f"Bearer {self.keys[tenant]}"}, timeout=WAIT_S, trust_env=False
+        )
+
+    def openai(self, tenant: str = "acme", **options) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1",
+            api_key=self.keys[tenant],
+            timeout=WAIT_S,
+            http_client=httpx.Client(trust_env=False),
+            **{"max_retries": 0, **options},
+        )
+
+    def users(self) -> UserStore:
+        return UserStore(open_database(DatabaseConfig(url=self.store)))
+
+
+def make_base(folder: Path) -> Path:
+    """A random two-layer Llama with the embedded tokenizer, as a `base` artifact that was taught nothing."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=30522,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=101,
+        eos_token_id=102,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(embedded_path()).save_pretrained(folder / "model")
+    backbone = load_backbone(str(folder / "model"))
+    with publish(folder / "base", kind="base", settings={}, inputs={}) as draft:
+        draft.facts.update(
+            task="movie_tagging",
+            labels=["sci-fi", "romance"],
+            source=str(folder / "model"),
+            mode="none",
+            dtype="float32",
+            targets="qv",
+            prompts={"style": "short"},
+            fingerprint=backbone.fingerprint,
+            losses=[],
+        )
+    return folder / "base"
+
+
+def make_bank(folder: Path, name: str, model: str, seed: int) -> Bank:
+    """Three random adapters, with embeddings that are three of the encoder's own."""
+    backbone = load_backbone(model)
+    generator = torch.Generator().manual_seed(seed)
+    adapters = []
+    for _ in ANCHORS:
+        factors = {}
+        for module in target_modules(backbone.model, "qv"):
+            layer = backbone.model.get_submodule(module)
+            factors[module] = Factors(
+                down=torch.randn(4, layer.in_features, generator=generator) / 8,
+                up=torch.randn(layer.out_features, 4, generator=generator),
+            )
+        adapters.append(Adapter(factors=factors, scale=2.0))
+    vectors = Encoder().encode(["space and robots", "love and weddings", "crime and mystery"])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    center = vectors.mean(axis=0)
+    centred = vectors - center
+    bank = assemble(
+        adapters,
+        anchor_ids=ANCHORS,
+        embeddings=centred / np.linalg.norm(centred, axis=1, keepdims=True),
+        center=center,
+        base_fingerprint=backbone.fingerprint,
+        encoder="all-MiniLM-L6-v2",
+    )
+    save_bank(bank, folder / name, settings={"seed": seed}, inputs={})
+    return bank
+
+
+@pytest.fixture(scope="module")
+def service(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    from ray import serve
+
+    from mta_ray.serving.app import build_app
+    from mta_ray.serving.local import _free_port
+
+    folder = tmp_path_factory.mktemp("serving")
+    base = make_base(folder)
+    bank = make_bank(folder, "bank", str(folder / "model"), seed=1)
+    store = str(folder / "users.db")
+    database = open_database(DatabaseConfig(url=store))
+    keys = {tenant: Keys(database).make(tenant, requests_per_minute=100_000) for tenant in ("acme", "other")}
+    keys["slow"] = Keys(database).make("acme", requests_per_minute=2)
+    database.close()
+    args = ServingArgs(
+        base=str(base),
+        bank=str(folder / "bank"),
+        store=store,
+        tenant="acme",
+        engine=EngineConfig(max_requests=4, max_waiting=2, max_tokens=200, max_step_tokens=64),
+        stack=TrainConfig(rank=1, alpha=2.0, learning_rate=0.3, steps=2, examples_per_step=2),
+        stack_slots=6,
+        limits=Limits(body_mib=0.25, default_tokens=12, max_tokens=190),
+    )
+    port = _free_port("127.0.0.1")
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}, logging_config=LOGGING)
+    serve.run(build_app(args), name="mta", logging_config=LOGGING)
+    service = Service(f"http://127.0.0.1:{port}", folder, base, bank, store, keys)
+    with service.http() as http:
+        for user, films in FILMS.items():
+            assert put(http, user, films).status_code == 200
+    yield service
+    serve.shutdown()
+
+
+def put(http: httpx.Client, user: str, films: list[str], **more) -> httpx.Response:
+    items = [{"description": film, "tag": "sci-fi"} for film in films]
+    return http.put(f"/v1/users/{quote(user, safe='')}/history", json={"task": "LaMP-2", "items": items, **more})
+
+
+def say(service: Service, user: str | None, *, tenant: str = "acme", tokens: int = 12, **more) -> str:
+    answer = service.openai(tenant).chat.completions.create(
+        model="mta",
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_tokens=tokens,
+        **({"user": user} if user else {}),
+        **more,
+    )
+    return answer.choices[0].message.content
+
+
+# ---- what an answer should be, by slow and obvious means
+
+
+def weights_of(service: Service, films: list[str], anchors: tuple[int, ...] = (0, 1, 2)) -> dict[int, float]:
+    """The method's formula: mean of unit item vectors, centred, unit; softmax of cosines / 0.1 over the anchors."""
+    if not films:
+        return {anchor: 1 / len(anchors) for anchor in anchors}
+    vectors = Encoder().encode([f"tag: sci-fi description: {film}" for film in films])
+    mean = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).mean(axis=0) - service.bank.center
+    cosines = service.bank.embeddings[list(anchors)] @ (mean / np.linalg.norm(mean))
+    shares = np.exp(cosines / 0.1)
+    return dict(zip(anchors, (shares / shares.sum()).tolist(), strict=True))
+
+
+def told_by_peft(service: Service, weights: dict[int, float], *, stack: Adapter | None = None, tokens: int = 12) -> str:
+    """Plain generation by transformers with the weighted adapters given to PEFT, and the stack added to the weights."""
+    from peft import PeftModel
+
+    from mta_ray.lora.adapter import save_peft
+    from mta_ray.lora.fusion import fuse
+
+    model = AutoModelForCausalLM.from_pretrained(service.folder / "model")
+    if stack is not None:
+        with torch.no_grad():
+            for module in stack.factors:
+                model.get_submodule(module).weight += stack.delta(module)
+    fused = fuse([service.bank.adapter(anchor) for anchor in weights], list(weights.values()))
+    folder = service.folder / f"peft-{time.monotonic_ns()}"
+    model = PeftModel.from_pretrained(model, save_peft(fused, folder, base_model=str(service.folder / "model"))).eval()
+    tokenizer = AutoTokenizer.from_pretrained(service.folder / "model")
+    ids = tokenizer(f"description: {QUESTION} tag:")["input_ids"][:-1]
+    out = model.generate(
+        input_ids=torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, eos_token_id=102, pad_token_id=0
+    )
+    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+# ---- laws
+
+
+def test_a_users_answer_is_that_of_plain_generation_with_the_users_own_adapter(service: Service) -> None:
+    with ThreadPoolExecutor(4) as pool:  # decoded together
+        told = dict(zip(FILMS, pool.map(lambda user: say(service, user), FILMS), strict=True))
+    for user, films in FILMS.items():
+        assert told[user] == told_by_peft(service, weights_of(service, films)), user
+    cold = told_by_peft(service, weights_of(service, []))
+    assert say(service, "nobody-yet") == say(service, None) == cold
+    assert len({*told.values(), cold}) == 4
+
+
+def test_streaming_says_the_same(service: Service) -> None:
+    client = service.openai()
+    ask = {"model": "mta", "messages": [{"role": "user", "content": QUESTION}], "user": "ann", "max_tokens": 12}
+    whole = client.chat.completions.create(**ask, temperature=0, logprobs=True, top_logprobs=2)
+    chunks = list(
+        client.chat.completions.create(**ask, temperature=0, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage and whole.usage.completion_tokens == 12
+    assert len(chunks) > 4 and chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason == "length"
+    tokens = whole.choices[0].logprobs.content
+    assert len(tokens) == 12 and all(t.logprob == t.top_logprobs[0].logprob <= 0 for t in tokens)
+
+    seeded = [client.chat.completions.create(**ask, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    texts = [answer.choices[0].message.content for answer in seeded]
+    assert texts[0] == texts[1] != texts[2]
+
+    words = whole.choices[0].message.content.split()
+    stopped = client.chat.completions.create(**ask, temperature=0, stop=[words[2]])
+    assert stopped.choices[0].message.content == whole.choices[0].message.content.split(words[2])[0]
+    assert stopped.choices[0].finish_reason == "stop"
+
+    text = client.completions.create(
+        model="mta", prompt=f"description: {QUESTION} tag:", user="ann", max_tokens=12, temperature=0, logprobs=1
+    )
+    assert text.choices[0].text.strip() == whole.choices[0].message.content
+    assert len(text.choices[0].logprobs.tokens) == 12
+    streamed = client.completions.create(
+        model="mta", prompt=f"description: {QUESTION} tag:", user="ann", max_tokens=12, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in streamed) == text.choices[0].text
+    assert [model.id for model in client.models.list()] == ["mta"]
+
+
+def test_tenants_never_meet(service: Service) -> None:
+    with service.http("other") as http:
+        assert http.get("/v1/users/ann").status_code == 404
+        assert say(service, "ann", tenant="other") == say(service, None)
+        assert put(http, "ann", FILMS["bob"]).json()["is_route_current"]
+        assert say(service, "ann", tenant="other") == say(service, "bob") != say(service, "ann")
+        theirs = http.get("/v1/users/ann").json()
+        assert all("user" not in anchor for anchor in theirs["anchors"])  # another tenant's users have no name here
+        assert http.delete("/v1/users/ann").json() == {
+            "id": "ann",
+            "object": "user.deleted",
+            "deleted": True,
+            "was_anchor": False,
+        }
+    with service.http() as http:
+        assert {a["user"] for a in http.get("/v1/users/ann").json()["anchors"]} == set(ANCHORS)
+
+
+def test_new_history_is_in_force_on_the_next_request(service: Service) -> None:
+    films = ["robots"]
+    with service.http() as http:
+        assert put(http, "new ü/./user", films).json()["history_items"] == 1
+        first = say(service, "new ü/./user")
+        films += FILMS["bob"]
+        assert put(http, "new ü/./user", FILMS["bob"]).json()["history_items"] == 3
+        second = say(service, "new ü/./user")
+        view = http.get("/v1/users/new%20%C3%BC%2F.%2Fuser").json()
+        assert view["id"] == "new ü/./user" and view["is_route_current"]
+        assert {ANCHORS[a]: pytest.approx(w, abs=1e-4) for a, w in weights_of(service, films).items()} == {
+            a["user"]: a["weight"] for a in view["anchors"]
+        }
+        replaced = put(http, "new ü/./user", FILMS["ann"], mode="replace").json()
+        assert replaced["history_items"] == 2 and replaced["version"] > view["version"]
+        assert say(service, "new ü/./user") == say(service, "ann")
+        assert put(http, "new ü/./user", films, expected_version=1).status_code == 409
+    assert first == told_by_peft(service, weights_of(service, films[:1]))
+    assert second == told_by_peft(service, weights_of(service, films))
+
+
+def test_a_stack_is_trained_behind_the_answer_and_then_used(service: Service) -> None:
+    with service.http() as http:
+        before = say(service, "cid")
+        assert http.post("/v1/users/no-one/stack").status_code == 404
+        asked = http.post("/v1/users/cid/stack")
+        assert (asked.status_code, asked.json()["object"]) == (202, "user.stack")
+        until(lambda: "stack_version" in http.get("/v1/users/cid").json())
+        after = say(service, "cid")
+    stack = service.users().read_stack(UserId(tenant="acme", id="cid"))
+    adapter = from_bytes(stack.tensors, stack.scale)
+    assert after == told_by_peft(service, weights_of(service, FILMS["cid"]), stack=adapter) != before
+    assert say(service, "ann") == told_by_peft(service, weights_of(service, FILMS["ann"]))  # nobody else changed
+
+
+def test_a_full_queue_is_told_at_once(service: Service) -> None:
+    body = {"model": "mta", "user": "ann", "max_tokens": 150, "messages": [{"role": "user", "content": "go on"}]}
+
+    async def ask(client: httpx.AsyncClient) -> tuple[int, float, httpx.Headers]:
+        began_s = time.perf_counter()
+        answer = await client.post("/v1/chat/completions", json=body)
+        return answer.status_code, time.perf_counter() - began_s, answer.headers
+
+    async def ask_all() -> list[tuple[int, float, httpx.Headers]]:
+        headers = {"authorization": f"Bearer {service.keys['acme']}"}
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            base_url=service.url, headers=headers, timeout=WAIT_S, limits=limits, trust_env=False
+        ) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(24)))
+
+    told = asyncio.run(ask_all())
+    assert {status for status, _, _ in told} == {200, 503}
+    refused = [(took_s, headers) for status, took_s, headers in told if status == 503]
+    assert all(headers["retry-after"] == "1" for _, headers in refused)
+    assert max(took_s for took_s, _ in refused) < max(took_s for status, took_s, _ in told if status == 200)
+    assert sum(status == 200 for status, _, _ in told) >= 6
+
+
+def message(role: str) -> dict[str, str]:
+    return {"role": role, "content": "x"}
+
+
+def test_a_client_that_goes_away_takes_its_request_with_it(service: Service) -> None:
+    from ray import serve
+
+    handle = serve.get_deployment_handle("Model", "mta")
+    before = handle.engine_stats.remote().result().tokens
+    client = service.openai()
+    messages = [{"role": "user", "content": "go on"}]
+    for _ in range(4):
+        stream = client.chat.completions.create(model="mta", messages=messages, max_tokens=190, stream=True)
+        next(iter(stream))
+        stream.close()
+    until(lambda: handle.engine_stats.remote().result().running == 0)
+    assert handle.engine_stats.remote().result().tokens - before < 0.9 * 4 * 190
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "param"),
+    [
+        ("POST", "/v1/chat/completions", b"{", 400, None),
+        ("POST", "/v1/chat/completions", b'{"model": "mta"}', 400, "messages"),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"model": "gpt", "messages": [{"role": "user", "content": "x"}]},
+            404,
+            "model",
+        ),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"model": "mta", "messages": [{"role": "system", "content": "x"}]},
+            400,
+            "messages",
+        ),
+        ("POST", "/v1/completions", {"model": "mta", "prompt": "x", "temperature": 9}, 400, "temperature"),
+        ("POST", "/v1/completions", {"model": "mta", "prompt": "x", "max_tokens": 191}, 400, "max_tokens"),
+        ("POST", "/v1/completions", {"model": "mta", "prompt": "x " * 300}, 400, "prompt"),
+        ("POST", "/v1/completions", {"model": "mta", "prompt": "x", "user": ""}, 400, "user"),
+        ("POST", "/v1/completions", b" " * 300_000, 413, None),
+        ("PUT", "/v1/users/x/history", {"items": [{"description": "x"}], "task": "LaMP-2"}, 400, "items[0]"),
+        ("PUT", "/v1/users/x/history", {"items": ["x"], "task": "LaMP-99"}, 400, "task"),
+        ("GET", "/v1/users/no-one", None, 404, "user"),
+        ("GET", "/v1/users/" + "x" * 300, None, 400, "user"),
+        ("GET", "/v1/nowhere", None, 404, None),
+        ("PATCH", "/v1/models", None, 405, None),
+    ],
+)
+def test_wrong_input_is_told_in_openais_shape(
+    service: Service, method: str, path: str, body: bytes | dict | None, status: int, param: str | None
+) -> None:
+    content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    with service.http() as http:
+        answer = http.request(method, path, content=content)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    if param:
+        assert error["param"] == param
+
+
+def test_keys_open_and_limit(service: Service) -> None:
+    for header in ({}, {"authorization": "Bearer mta_x"}, {"authorization": f"Basic {service.keys['acme']}"}):
+        answer = httpx.get(f"{service.url}/v1/models", headers=header, trust_env=False, timeout=WAIT_S)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
+    with service.http("slow") as http:
+        statuses = [http.get("/v1/models") for _ in range(4)]
+    assert [answer.status_code for answer in statuses] == [200, 200, 429, 429]
+    assert int(statuses[-1].headers["retry-after"]) >= 1
+    for path in ("/healthz", "/readyz"):
+        assert httpx.get(service.url + path, trust_env=False, timeout=WAIT_S).status_code == 200
+
+
+def test_without_a_key_only_this_machine_is_served(service: Service, tmp_path: Path) -> None:
+    config = ServeConfig(base=str(service.base), bank=str(service.folder / "bank"), store=str(tmp_path / "empty.db"))
+    with pytest.raises(ValueError, match="host is 0.0.0.0 and no API key is configured"):
+        serve_here(replace(config, host="0.0.0.0"))
+
+
+def test_a_killed_replica_comes_back_and_one_retry_is_enough(service: Service) -> None:
+    expected = say(service, "ann")
+    name = next(n["name"] for n in ray.util.list_named_actors(all_namespaces=True) if "Model" in n["name"])
+    ray.kill(ray.get_actor(name, namespace="serve"))
+    client = service.openai(max_retries=1)
+    answer = client.chat.completions.create(
+        model="mta", messages=[{"role": "user", "content": QUESTION}], user="ann", temperature=0, max_tokens=12
+    )
+    assert answer.choices[0].message.content == expected
+
+
+def test_another_bank_is_taken_without_a_failed_request(service: Service) -> None:
+    old = Banks(open_database(DatabaseConfig(url=service.store))).state().active_version
+    make_bank(service.folder, "bank-2", str(service.folder / "model"), seed=2)
+    body = {"model": "mta", "user": "ann", "max_tokens": 4, "messages": [{"role": "user", "content": QUESTION}]}
+    seen = []
+    with service.http() as http:
+
+        def ask() -> bool:
+            answer = http.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            seen.append(answer.headers["x-mta-bank-version"])
+            return seen[-1] == "second"
+
+        assert not ask()
+        settings = {"base": str(service.base), "store": service.store, "tenant": "acme"}
+        publish_bank(PublishBankConfig(bank=str(service.folder / "bank-2"), version="second", **settings))
+        until(ask)
+        assert say(service, "ann") != told_by_peft(service, weights_of(service, FILMS["ann"]))
+        publish_bank(PublishBankConfig(bank=str(service.folder / "bank"), version=old, **settings))
+        until(lambda: not ask())
+    assert set(seen) == {old, "second"}
+    assert say(service, "ann") == told_by_peft(service, weights_of(service, FILMS["ann"]))
+
+
+def test_a_deleted_user_is_gone_and_a_deleted_anchor_serves_nobody(service: Service) -> None:
+    with service.http() as http:
+        put(http, "dan", FILMS["bob"])
+        assert say(service, "dan") == say(service, "bob")
+        assert http.delete("/v1/users/dan").json()["was_anchor"] is False
+        assert http.get("/v1/users/dan").status_code == 404
+        assert http.delete("/v1/users/dan").status_code == 404
+        assert say(service, "dan") == say(service, "nobody-yet")
+
+        assert http.delete("/v1/users/bert").json()["was_anchor"] is True
+        view = http.get("/v1/users/bob").json()  # routed anew before anybody asked
+        assert {a["user"] for a in view["anchors"]} == {"anna", "cleo"} and view["is_route_current"]
+    rest = (0, 2)
+    assert say(service, "bob") == told_by_peft(service, weights_of(service, FILMS["bob"], rest))
+    assert say(service, "nobody-yet") == told_by_peft(service, weights_of(service, [], rest))
+    bank = Banks(open_database(DatabaseConfig(url=service.store))).active()
+    assert bank.needs_rebuild and bank.retired_slots == {1}
+
+
+def test_prometheus_is_told(service: Service) -> None:
+    [node] = ray.nodes()
+    wanted = ["time_to_first_token_ms_count", "time_per_output_token_ms_count", "personalise_ms_count"]
+    wanted += ["answer_tokens_total", "stack_misses_total", "waiting_requests", "batch_requests", "batch_users"]
+    say(service, "cid")
+
+    def are_there() -> bool:
+        told = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", trust_env=False).text
+        return all(f"ray_mta_{name}{{" in told for name in wanted)
+
+    until(are_there)
+
+
+def test_no_log_holds_a_key_a_prompt_or_a_history(service: Service) -> None:
+    with service.http() as http:
+        put(http, "eve", [f"the {SECRET} of history"])
+        for path, body in (
+            ("/v1/completions", {"model": "mta", "prompt": f"the {SECRET} of a prompt", "max_tokens": 2}),
+            ("/v1/completions", {"model": "mta", "prompt": f"the {SECRET} {'x ' * 300}"}),
+            ("/v1/chat/completions", {"model": "mta", "messages": SECRET}),
+        ):
+            http.post(path, json=body)
+        http.delete("/v1/users/eve")
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    read = 0
+    for file in logs.rglob("*"):
+        if file.is_file():
+            text = file.read_bytes()
+            read += len(text)
+            assert SECRET.encode() not in text, file
+            assert not any(key.rsplit("_", 1)[1].encode() in text for key in service.keys.values()), file
+    assert read > 1000
+
+
+def until(is_so, timeout_s: float = WAIT_S) -> None:  # noqa: ANN001
+    deadline_s = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline_s, "it did not come about"
+        time.sleep(0.2)
