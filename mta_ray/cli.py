@@ -258,7 +258,8 @@ def message_of(error: BaseException) -> str:
         return f"the Python package {error.name!r} is not installed; install mta-ray with its extras, mta-ray[cpu]"
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        advice = "; free some space, then run the same command to go on" if error.errno == errno.ENOSPC else ""
+        is_systems = error.strerror == os.strerror(errno.ENOSPC)  # ours say what to do themselves
+        advice = "; free some space, then run the same command to go on" if is_systems else ""
         return f"{error.strerror}{where}{advice}"
     text = _own_words(str(error))
     if isinstance(error, (ValueError, OSError)) and text:
