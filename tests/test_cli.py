@@ -293,7 +293,8 @@ def test_a_wrong_command_line_is_code_2_without_a_traceback(
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_a_polite_kill_stop_with_one_line(tmp_path: Path, kill: signal.Signals) -> None:
     code = (
-        "import sys; from mta_ray.cli import Stage, run_stage;"
+        "import signal, sys; from mta_ray.cli import Stage, run_stage;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a test run in the background ignores Ctrl-C
         "demo = Stage(name='demo', help='', module='test_cli', config='Demo', function='demo');"
         f"sys.exit(run_stage(demo, ['--out', {str(tmp_path / 'users')!r}, '--fails', 'wait']))"
     )

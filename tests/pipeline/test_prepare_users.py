@@ -33,7 +33,7 @@ def config(tmp_path, *files, **changes):
 def test_users_come_back_whole_from_however_many_shards(tmp_path):
     records = [record(f"u{n}", items=1 + n % 15) for n in range(150)]
     file, other = write(tmp_path / "a.json", records[:100]), write(tmp_path / "b.json", records[100:])
-    one = prepare_users(config(tmp_path, file, other))
+    one = Path(prepare_users(config(tmp_path, file, other)))
     together = list(read_users(one))
     assert [user.id for user in together] == [f"u{n}" for n in range(150)]  # one shard: the order of the files
     assert [len(user.history) for user in together] == [1 + n % 15 for n in range(150)]
@@ -44,7 +44,7 @@ def test_users_come_back_whole_from_however_many_shards(tmp_path):
     assert {name: facts[name] for name in expected} == expected
     assert (facts["rejects"], facts["leaked_items"], facts["labels"]) == (0, 0, [])
 
-    many = prepare_users(config(tmp_path / "more", file, other, shard_mib=0.01))
+    many = Path(prepare_users(config(tmp_path / "more", file, other, shard_mib=0.01)))
     assert len(list(Path(many).glob("users-*.parquet"))) > 5
     assert sorted(read_users(many), key=lambda user: int(user.id[1:])) == together
     blocks = users_dataset(many).iter_batches(batch_format="pyarrow")
@@ -54,7 +54,7 @@ def test_users_come_back_whole_from_however_many_shards(tmp_path):
 def test_rejects_are_written_with_their_reasons_also_across_files(tmp_path):
     first = write(tmp_path / "a.json", [record(f"u{n}") for n in range(30)] + [record("empty", items=0)])
     second = write(tmp_path / "b.json", [record("v"), record("u7"), record("v")])
-    out = prepare_users(config(tmp_path, first, second, max_reject_share=0.1, shard_mib=0.002))
+    out = Path(prepare_users(config(tmp_path, first, second, max_reject_share=0.1, shard_mib=0.002)))
     rejects = pq.read_table(out / "rejects.parquet").to_pylist()
     assert sorted((r["file"], r["position"], r["id"], r["reason"]) for r in rejects) == [
         (first, 30, "empty", "empty profile"),
@@ -72,12 +72,12 @@ def test_too_many_rejects_stop_the_run_and_publish_nothing(tmp_path):
     with pytest.raises(ValueError, match="2 of 20 records rejected, more than the share 0.05: .*1 empty profile"):
         prepare_users(config(tmp_path, file))
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert prepare_users(config(tmp_path, file, max_reject_share=0.1)).is_dir()
+    assert Path(prepare_users(config(tmp_path, file, max_reject_share=0.1))).is_dir()
 
 
 def test_a_truncated_file_is_one_clear_error_and_what_was_there_stays(tmp_path):
     good = write(tmp_path / "a.json", [record(f"u{n}") for n in range(40)])
-    out = prepare_users(config(tmp_path, good))
+    out = Path(prepare_users(config(tmp_path, good)))
     bad = tmp_path / "b.json"
     bad.write_text(Path(good).read_text()[:-50])
     with pytest.raises(ValueError, match=r"b\.json is cut off"):
@@ -98,7 +98,7 @@ def test_questions_of_a_user_become_one_user_wherever_they_stand(tmp_path):
 
     train = write_questions("train", [question(1, "a", 2), question(2, "b", 1), question(3, "a", 3)])
     dev = write_questions("dev", [question(4, "a", 2), question(2, "b", 5)])
-    out = prepare_users(config(tmp_path, train, dev, max_reject_share=0.5))
+    out = Path(prepare_users(config(tmp_path, train, dev, max_reject_share=0.5)))
     a, b = read_users(out)
     assert (a.id, len(a.history), [(q.id, q.target) for q in a.queries]) == (
         "a",
@@ -112,7 +112,7 @@ def test_questions_of_a_user_become_one_user_wherever_they_stand(tmp_path):
 
 def test_a_finished_artifact_is_not_made_again_unless_something_changed(tmp_path):
     file = write(tmp_path / "a.json", [record(f"u{n}") for n in range(5)])
-    manifest = prepare_users(config(tmp_path, file)) / "manifest.json"
+    manifest = Path(prepare_users(config(tmp_path, file))) / "manifest.json"
     first = manifest.stat().st_ino
     prepare_users(config(tmp_path, file))
     assert manifest.stat().st_ino == first
@@ -136,14 +136,14 @@ def test_labels_of_the_data_stand_in_the_manifest(tmp_path):
         for n in range(3)
     ]
     file = write(tmp_path / "a.json", users)
-    out = prepare_users(PrepareUsersConfig(files=(file,), task="news_categorize", out=str(tmp_path / "users")))
+    out = Path(prepare_users(PrepareUsersConfig(files=(file,), task="news_categorize", out=str(tmp_path / "users"))))
     facts = open_artifact(out, kind="users").facts
     assert (facts["labels"], facts["leaked_items"]) == (["u.s. news", "sports"], 3)
 
 
 def test_the_limit_counts_records_of_each_file(tmp_path):
     files = [write(tmp_path / f"{name}.json", [record(f"{name}{n}") for n in range(9)]) for name in "ab"]
-    out = prepare_users(config(tmp_path, *files, limit=2))
+    out = Path(prepare_users(config(tmp_path, *files, limit=2)))
     assert [user.id for user in read_users(out)] == ["a0", "a1", "b0", "b1"]
 
 
