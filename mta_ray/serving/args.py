@@ -8,7 +8,7 @@ from typing import Literal
 from mta_ray.model.engine import EngineConfig
 from mta_ray.personalize.merge_then_adapt import FusionConfig
 from mta_ray.personalize.training import TrainConfig
-from mta_ray.serving.database import DatabaseConfig
+from mta_ray.serving.database import STORE, DatabaseConfig
 from mta_ray.serving.identity import TENANT_CHARS_MAX, check_name
 from mta_ray.serving.schema import Limits
 from mta_ray.serving.stack_queue import QueueConfig
@@ -25,7 +25,7 @@ class ServingArgs:
     """The `base` artifact."""
     bank: str = "runs/quickstart/bank"
     """The bank of a store that has none yet; later ones come by `mta bank publish`."""
-    store: str = "runs/serving.db"
+    store: str = STORE
     """Where users, keys and banks are kept: a SQLite file, or postgresql://user@host/name (password in PGPASSWORD)."""
     model_name: str = "mta"
     """What clients pass as `model`."""

@@ -20,11 +20,15 @@ from mta_ray.serving.migrations import migrate
 _WRITES = "mta_writes"
 
 
+STORE = "runs/serving.db"
+"""Where the service and its commands (keys, bank publish) look when nothing else is said: one place for all of them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatabaseConfig:
     """Where the service keeps its state."""
 
-    url: str = "mta_ray.db"
+    url: str = STORE
     """A SQLite file, or `postgresql://user@host/name`; leave its password to PGPASSWORD or ~/.pgpass."""
     connections: int = 8
     """Open at once by one process, at most."""

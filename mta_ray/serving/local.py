@@ -20,7 +20,7 @@ from mta_ray.personalize.base_model import open_base
 from mta_ray.serving.app import build_app
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks
-from mta_ray.serving.database import Database, DatabaseConfig, open_database
+from mta_ray.serving.database import STORE, Database, DatabaseConfig, open_database
 from mta_ray.serving.keys import Keys
 from mta_ray.serving.served_bank import describe
 
@@ -50,7 +50,7 @@ class PublishBankConfig:
     """The bank's artifact."""
     base: str = "runs/quickstart/base"
     """The `base` artifact that the service holds."""
-    store: str = "runs/serving.db"
+    store: str = STORE
     """The service's store."""
     tenant: str = "default"
     """Whose users the bank's anchors are."""

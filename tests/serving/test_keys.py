@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mta_ray.cli import BAD_INPUT, OK, main
+from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.database import Database, DatabaseConfig, open_database
-from mta_ray.serving.keys import ApiKey, Bucket, InvalidKey, Keys, full_bucket, take
+from mta_ray.serving.keys import ApiKey, Bucket, InvalidKey, Keys, ListKeysConfig, MakeKeyConfig, full_bucket, take
 from mta_ray.serving.tables import keys as table
 
 
@@ -160,3 +161,7 @@ def test_keys_are_made_listed_and_revoked_by_command(tmp_path: Path, capsys: pyt
     assert "did you mean 'keys make'" in capsys.readouterr().err
     assert main(["keys"]) == BAD_INPUT
     assert "keys list" in capsys.readouterr().err
+
+
+def test_keys_are_made_where_the_service_looks_for_them() -> None:
+    assert MakeKeyConfig(tenant="a").database.url == ListKeysConfig().database.url == ServingArgs().store
