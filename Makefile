@@ -12,6 +12,8 @@ PYTHONS := $(PYTHON) python3.11 python3.12 python3.13 python3 python
 # A GPU counts where its driver answers.
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 TORCH_WANTED := >=2.11,<3
+# Much of the tests' time is waiting for Ray to start: two at once, even on two cores.
+TEST_WORKERS ?= 2
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -26,7 +28,7 @@ quickstart: $(VENV)/.ready-run ## see the whole method work on a simulated popul
 	$(BIN)/mta quickstart $(ARGS)
 
 test: $(VENV)/.ready-test ## run the tests; ARGS="-k floors" runs some
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.ready-test ## check style and types
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-import fsspec
+from mta_ray.object_store import Store, StoreAway, is_remote, open_store, told
 
 ConfigT = TypeVar("ConfigT")
 
@@ -65,13 +65,31 @@ class Artifact:
     """sha256 over kind, settings, inputs and the files' checksums: what the next stage writes down as its input."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What an artifact says of itself, read without its files."""
+
+    kind: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    facts: dict[str, Any]
+    hash: str
+    bytes: int
+    """Of all files."""
+    created_at: str
+    """ISO 8601, UTC."""
+    mta_ray: str
+    """The version of this package that made it."""
+
+
 @contextmanager
 def publish(out: str | Path, *, kind: str, settings: dict[str, Any], inputs: dict[str, str]) -> Iterator[Draft]:
     """A draft to write into, which becomes the artifact `out` on a clean exit; on an exception nothing appears.
 
-    An artifact of the same kind at `out` is replaced; anything else there is a ValueError, before work begins.
+    An artifact of the same kind at `out` is replaced; anything else there is a ValueError, before work begins. Where
+    the way to a store fails, what was to go there is kept on this machine, as a whole artifact; the error says where.
     """
-    if _is_remote(out):
+    if is_remote(out):
         remote, home, name = str(out), cache_folder(), "upload"
         _refuse_stranger_in_store(remote, kind)
     else:
@@ -94,33 +112,105 @@ def publish(out: str | Path, *, kind: str, settings: dict[str, Any], inputs: dic
                 _write_manifest(folder, manifest)
                 _replace(folder, destination, kind)
             else:
-                _upload(folder, remote, manifest)
+                _upload_or_keep(folder, remote, manifest)
     except Exception as error:
         if not _says_full(error):
             raise
         raise OSError(errno.ENOSPC, _full_message(error, home, out)) from error
     size_mib = sum(entry["bytes"] for entry in manifest["files"].values()) / 2**20
-    log.info("published %s: %s, %d files, %.1f MiB", kind, out, len(manifest["files"]), size_mib)
+    log.info("published %s: %s, %d files, %.1f MiB", kind, told(out), len(manifest["files"]), size_mib)
+
+
+def copy_artifact(path: str | Path, out: str | Path, *, kind: str) -> bool:
+    """Put the artifact at `path` at `out` too, the same to the last bit; whether it was not there already.
+
+    What lies at `out` is never replaced: another artifact there is a ValueError.
+    """
+    # 1. it may be there
+    manifest = _manifest_at(path, kind)
+    if _is_there(out, kind, manifest["hash"]):
+        return False
+    if is_remote(out):
+        _refuse_stranger_in_store(str(out), kind)
+    else:
+        _refuse_stranger(_local(out), kind)
+
+    # 2. undamaged files, then the manifest, last
+    folder = open_artifact(path, kind=kind).path
+    if is_remote(out):
+        _upload(folder, str(out), manifest)
+        return True
+    destination = _local(out)
+    with _draft_folder(destination.parent, destination.name) as draft:
+        for name in manifest["files"]:
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, draft / name)
+        _check_files(draft, manifest, verify=True)
+        _write_manifest(draft, manifest | {"folder": ""})
+        try:
+            os.rename(draft, destination)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _is_there(out, kind, manifest["hash"]):
+                raise
+            return False  # another process was faster
+    _sync_folder(destination.parent)
+    return True
+
+
+def remove_artifact(path: str | Path, *, kind: str) -> None:
+    """Remove a finished artifact, its manifest first: nobody reads half of it. ArtifactError where there is none."""
+    _manifest_at(path, kind)
+    if is_remote(path):
+        store = open_store(str(path))
+        store.remove(MANIFEST)
+        store.remove()
+        return
+    folder = _local(path)
+    # Swept up by whoever publishes next, if need be.
+    aside = folder.parent / f".{folder.name}.tmp-{secrets.token_hex(8)}"
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
+
+
+def read_manifest(path: str | Path, *, kind: str) -> Manifest:
+    """What the artifact at `path` says of itself; its files are not looked at."""
+    manifest = _manifest_at(path, kind)
+    return Manifest(
+        **{name: manifest[name] for name in ("kind", "settings", "inputs", "facts", "hash")},
+        bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
+        created_at=str(manifest.get("created_at", "")),
+        mta_ray=str(manifest.get("mta_ray", "")),
+    )
+
+
+@contextmanager
+def inspected(path: str | Path, *, kind: str) -> Iterator[tuple[Artifact, list[str]]]:
+    """The artifact's own files, and what is wrong with them, all of it: one line each, nothing where it is whole.
+
+    Of an artifact in a store they are fetched for this alone: a good copy in the cache says nothing about the store.
+    """
+    manifest = _manifest_at(path, kind)
+    if not is_remote(path):
+        folder = _local(path) / manifest["folder"]
+        yield _artifact(folder, manifest), list(_problems(folder, manifest, verify=True))
+        return
+    with _draft_folder(cache_folder(), "inspected") as folder:
+        _fetch(open_store(str(path)), manifest, folder)
+        problems = _problems(folder, manifest, verify=True, where=f"{told(path)}/{manifest['folder']}")
+        yield _artifact(folder, manifest), list(problems)
 
 
 def open_artifact(path: str | Path, *, kind: str, verify: bool = True) -> Artifact:
     """The finished artifact at `path`; `verify` compares every file's checksum, else only sizes are looked at."""
-    manifest = _read_manifest(path, kind)
-    folder = _download(str(path), manifest, verify) if _is_remote(path) else _local(path) / manifest["folder"]
+    manifest = _manifest_at(path, kind)
+    folder = _download(str(path), manifest, verify) if is_remote(path) else _local(path) / manifest["folder"]
     _check_files(folder, manifest, verify)
-    return Artifact(
-        path=folder,
-        kind=kind,
-        settings=manifest["settings"],
-        inputs=manifest["inputs"],
-        facts=manifest["facts"],
-        hash=manifest["hash"],
-    )
+    return _artifact(folder, manifest)
 
 
 def refuse_stranger(out: str | Path, kind: str) -> None:
     """ValueError where something else than an artifact of this kind lies: `publish` says so only when it is called."""
-    if _is_remote(out):
+    if is_remote(out):
         _refuse_stranger_in_store(str(out), kind)
     else:
         _refuse_stranger(_local(out), kind)
@@ -134,13 +224,49 @@ def is_current(
     `verify` compares every file's checksum, else only sizes are looked at. Of what lies in a store, only the manifest.
     """
     try:
-        manifest = _read_manifest(path, kind)
-        if not _is_remote(path):
+        manifest = _manifest_at(path, kind)
+        if not is_remote(path):
             _check_files(_local(path) / manifest["folder"], manifest, verify=verify)
     except ArtifactError:
         return False
     have, want = (manifest["settings"], manifest["inputs"]), (settings, inputs)
     return canonical_json(have) == canonical_json(want)
+
+
+def artifact_files(path: str | Path, *, kind: str) -> tuple[list[str], Any | None]:
+    """The artifact's files where they lie, and fsspec's file system for them: nothing is fetched from a store.
+
+    Files of a local artifact (no file system: None) are checked as by `open_artifact`.
+    """
+    if not is_remote(path):
+        folder = open_artifact(path, kind=kind).path
+        return [str(file) for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST], None
+    manifest, store = _manifest_at(path, kind), open_store(str(path))
+    places = ["/".join(part for part in (store.root, manifest["folder"], name) if part) for name in manifest["files"]]
+    return sorted(places), store.files
+
+
+def folder_names(path: str | Path) -> list[str]:
+    """What lies directly in a folder, here or in a store; nothing where there is none."""
+    if is_remote(path):
+        return open_store(str(path)).names()
+    folder = _local(path)
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+def remove_empty(path: str | Path) -> None:
+    """Take away a local folder in which nothing is left. (A store has no empty folders.)"""
+    if not is_remote(path):
+        with suppress(OSError):
+            _local(path).rmdir()
+
+
+def remove(path: str | Path) -> None:
+    """Take away a folder of artifacts that nobody reads any more, with all that is in it; nothing there is fine."""
+    if is_remote(path):
+        open_store(str(path)).remove()
+    else:
+        shutil.rmtree(_local(path), ignore_errors=True)
 
 
 def located(config: ConfigT, *names: str) -> ConfigT:
@@ -149,7 +275,7 @@ def located(config: ConfigT, *names: str) -> ConfigT:
     A stage's workers need not stand in the folder that the command was given in: Ray Train moves them elsewhere.
     """
     places = {name: getattr(config, name) for name in names}
-    whole = {name: str(path if _is_remote(path) else _local(path)) for name, path in places.items()}
+    whole = {name: str(path if is_remote(path) else _local(path)) for name, path in places.items()}
     return dataclasses.replace(config, **whole)  # type: ignore[type-var]
 
 
@@ -214,7 +340,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     _sync_folder(folder)
 
 
-def _read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
+def _manifest_at(path: str | Path, kind: str) -> dict[str, Any]:
     """The manifest at `path`, checked in itself: readable, this kind, a format we know, its hash right."""
     text = _manifest_text(path, kind)
     try:
@@ -240,31 +366,50 @@ def _read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
 
 
 def _manifest_text(path: str | Path, kind: str) -> bytes:
-    if _is_remote(path):
-        store, root = fsspec.core.url_to_fs(str(path))
-        is_there, read = store.exists(root), lambda: store.cat_file(f"{root}/{MANIFEST}")
-    else:
-        _restore(_local(path))
-        is_there, read = _local(path).exists(), (_local(path) / MANIFEST).read_bytes
-    if not is_there:
-        raise ArtifactError(f"{path}: nothing there; run the stage that makes {kind!r} first, or correct the path")
+    store = open_store(str(path)) if is_remote(path) else None
     try:
-        return read()
+        if store is not None:
+            return store.read(MANIFEST)
+        _restore(_local(path))
+        return (_local(path) / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         message = f"{path} has no {MANIFEST}: unfinished, or no artifact; run the stage that makes {kind!r} again"
+        if not (_local(path).exists() if store is None else store.exists()):
+            message = f"{path}: nothing there; run the stage that makes {kind!r} first, or correct the path"
         raise ArtifactError(message) from None
 
 
+def _artifact(folder: Path, manifest: dict[str, Any]) -> Artifact:
+    parts = {name: manifest[name] for name in ("kind", "settings", "inputs", "facts", "hash")}
+    return Artifact(path=folder, **parts)
+
+
 def _check_files(folder: Path, manifest: dict[str, Any], verify: bool) -> None:
+    for problem in _problems(folder, manifest, verify):
+        raise ArtifactError(f"{problem}; build the artifact again")
+
+
+def _problems(folder: Path, manifest: dict[str, Any], verify: bool, *, where: str = "") -> Iterator[str]:
+    where = where or str(folder)
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise ArtifactError(f"{folder} lacks {name}, which its manifest lists; build the artifact again")
-        if path.stat().st_size != entry["bytes"]:
-            got, want = path.stat().st_size, entry["bytes"]
-            raise ArtifactError(f"{path} holds {got} bytes, its manifest says {want}; build the artifact again")
-        if verify and file_sha256(path) != entry["sha256"]:
-            raise ArtifactError(f"{path}: checksum does not match the manifest: damaged or changed; build it again")
+            yield f"{where} lacks {name}, which its manifest lists"
+        elif path.stat().st_size != entry["bytes"]:
+            yield f"{where}/{name} holds {path.stat().st_size} bytes, its manifest says {entry['bytes']}"
+        elif verify and file_sha256(path) != entry["sha256"]:
+            yield f"{where}/{name}: checksum does not match the manifest: damaged or changed"
+
+
+def _is_there(out: str | Path, kind: str, digest: str) -> bool:
+    """Whether this very artifact is at `out`; a ValueError where it is another one."""
+    try:
+        found = _manifest_at(out, kind)["hash"]
+    except ArtifactError:
+        return False
+    if found != digest:
+        raise ValueError(f"{out} holds another artifact ({found[:12]}, not {digest[:12]}); it is not replaced")
+    return True
 
 
 def _stays_inside(name: str) -> bool:
@@ -315,8 +460,11 @@ def _draft_folder(parent: Path, name: str) -> Iterator[Path]:
     while True:
         folder = parent / f".{name}.tmp-{secrets.token_hex(8)}"
         folder.mkdir()
-        handle = os.open(folder, os.O_RDONLY)
-        if _lock(handle) is not False and folder.exists():  # else somebody took it for stale in this very moment
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # somebody took it for stale before it was opened
+            continue
+        if _lock(handle) is not False and folder.exists():  # else somebody did after that
             break
         os.close(handle)
     try:
@@ -406,40 +554,49 @@ def _local(path: str | Path) -> Path:
 # Object stores
 
 
-def _is_remote(path: str | Path) -> bool:
-    text = str(path)
-    return isinstance(path, str) and "://" in text and not text.startswith(("file://", "local://"))
+def _upload_or_keep(folder: Path, url: str, manifest: dict[str, Any]) -> None:
+    """Upload; where that fails, the files stay on this machine as a whole artifact: hours of work may be in them."""
+    try:
+        _upload(folder, url, manifest)
+    except Exception as error:
+        if _says_full(error):
+            raise
+        kept = cache_folder() / "unsent" / manifest["hash"]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        _write_manifest(folder, manifest)
+        _replace(folder, kept, manifest["kind"])
+        kind = StoreAway if isinstance(error, StoreAway) else OSError
+        raise kind(f"{error}; nothing was published, and what was made is not lost: it lies in {kept}") from error
 
 
 def _upload(folder: Path, url: str, manifest: dict[str, Any]) -> None:
     """Files to URL/HASH, then the manifest, then the last artifact's files go. A killed upload leaves URL as it was."""
-    store, root = fsspec.core.url_to_fs(url)
-    old = _folder_in_store(store, root)
+    store = open_store(url)
+    old = _folder_in_store(store)
     for name in manifest["files"]:
-        store.put_file(str(folder / name), f"{root}/{manifest['hash']}/{name}")
-    store.makedirs(root, exist_ok=True)
-    store.pipe_file(f"{root}/{MANIFEST}", json.dumps(manifest | {"folder": manifest["hash"]}, indent=1).encode())
+        store.send(folder / name, f"{manifest['hash']}/{name}")
+    store.write(MANIFEST, json.dumps(manifest | {"folder": manifest["hash"]}, indent=1).encode())
     if old not in (None, manifest["hash"]):
-        store.rm(f"{root}/{old}", recursive=True)
+        store.remove(str(old))
 
 
-def _folder_in_store(store: Any, root: str) -> str | None:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        name = json.loads(store.cat_file(f"{root}/{MANIFEST}"))["folder"]
-        return name if _HASH.fullmatch(name) and store.exists(f"{root}/{name}") else None
-    return None
+def _folder_in_store(store: Store) -> str | None:
+    try:
+        name = json.loads(store.read(MANIFEST))["folder"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) and _HASH.fullmatch(name) and store.exists(name) else None
 
 
 def _refuse_stranger_in_store(url: str, kind: str) -> None:
-    store, root = fsspec.core.url_to_fs(url)
-    if not store.exists(root):
-        return
-    names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in store.ls(root, detail=False)}
+    store = open_store(url)
+    names = store.names()
     if all(_HASH.fullmatch(name) for name in names):
         return  # nothing, or uploads that were killed before their manifest
     found = "something without a manifest"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = f"an artifact of kind {json.loads(store.cat_file(f'{root}/{MANIFEST}'))['kind']!r}"
+    if MANIFEST in names:
+        with suppress(ValueError, KeyError, TypeError):
+            found = f"an artifact of kind {json.loads(store.read(MANIFEST))['kind']!r}"
     if found != f"an artifact of kind {kind!r}":
         raise ValueError(f"{url} is {found}, not of kind {kind!r}; choose another place, or remove it")
 
@@ -451,13 +608,9 @@ def _download(url: str, manifest: dict[str, Any], verify: bool) -> Path:
         _check_files(home / digest, manifest, verify)
         return home / digest
     shutil.rmtree(home / digest, ignore_errors=True)
-    store, root = fsspec.core.url_to_fs(url)
     try:
         with _draft_folder(home, digest) as folder:
-            for name in manifest["files"]:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                with suppress(FileNotFoundError):  # reported, with its name, by the check that follows
-                    store.get_file("/".join(part for part in (root, manifest["folder"], name) if part), folder / name)
+            _fetch(open_store(url), manifest, folder)
             _check_files(folder, manifest, verify=True)
             with suppress(OSError):  # another process was faster: its copy is as good
                 os.rename(folder, home / digest)
@@ -466,6 +619,13 @@ def _download(url: str, manifest: dict[str, Any], verify: bool) -> Path:
             raise
         raise OSError(errno.ENOSPC, _full_message(error, home, url)) from error
     return home / digest
+
+
+def _fetch(store: Store, manifest: dict[str, Any], folder: Path) -> None:
+    for name in manifest["files"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # reported, with its name, by the check that follows
+            store.fetch("/".join(part for part in (manifest["folder"], name) if part), folder / name)
 
 
 # Full disks

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from mta_ray.errors import root_cause
+
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 
 
@@ -109,6 +111,110 @@ STAGES = (
 )
 WHOLE = ("run", "quickstart")
 """Stages that run all the others."""
+BANKS = (
+    Stage(
+        name="bank list",
+        help="the versions in a bank store: when built, anchors, rank, base, size",
+        module="mta_ray.bank_commands.look",
+        config="ListBanksConfig",
+        function="list_banks",
+        is_told=True,
+    ),
+    Stage(
+        name="bank show",
+        help="what a bank is made of, anchor by anchor",
+        module="mta_ray.bank_commands.look",
+        config="ShowBankConfig",
+        function="show_bank",
+        is_told=True,
+    ),
+    Stage(
+        name="bank diff",
+        help="two banks: anchors, settings, how far each kept anchor has moved",
+        module="mta_ray.bank_commands.diff",
+        config="DiffBanksConfig",
+        function="diff_banks",
+        is_told=True,
+    ),
+    Stage(
+        name="bank verify",
+        help="every checksum, shape and value of a bank",
+        module="mta_ray.bank_commands.keep",
+        config="VerifyBankConfig",
+        function="verify_bank",
+        is_told=True,
+    ),
+    Stage(
+        name="bank import",
+        help="take a bank into a store, as a version that never changes",
+        module="mta_ray.bank_commands.keep",
+        config="ImportBankConfig",
+        function="import_bank",
+        is_told=True,
+    ),
+    Stage(
+        name="bank export",
+        help="an anchor, or a user fused and stacked, as one PEFT adapter",
+        module="mta_ray.bank_commands.export",
+        config="ExportConfig",
+        function="export_adapter",
+        is_told=True,
+    ),
+    Stage(
+        name="bank prune",
+        help="remove old versions from a store",
+        module="mta_ray.bank_commands.keep",
+        config="PruneBanksConfig",
+        function="prune_banks",
+        is_told=True,
+    ),
+)
+"""What banks are kept with: a bank store is a folder or URL of versions."""
+SIMULATIONS = (
+    Stage(
+        name="simulate population",
+        help="millions of simulated users through embedding, routing and the user store",
+        module="mta_ray.population.crowd.simulate",
+        config="SimulatePopulationConfig",
+        function="simulate_population",
+    ),
+    Stage(
+        name="simulate what-if",
+        help="quality against anchors, k, temperature, rank and history; bytes per user",
+        module="mta_ray.population.what_if",
+        config="WhatIfConfig",
+        function="simulate_what_if",
+    ),
+    Stage(
+        name="simulate drift",
+        help="tastes change over weeks: when are routes stale, when is the bank",
+        module="mta_ray.population.drift",
+        config="DriftConfig",
+        function="simulate_drift",
+    ),
+    Stage(
+        name="simulate load",
+        help="a crowd of users against a live endpoint, every answer checked",
+        module="mta_ray.population.load.simulate",
+        config="SimulateLoadConfig",
+        function="simulate_load",
+    ),
+    Stage(
+        name="simulate capacity",
+        help="from measured service times: users, requests, GPUs, latency, cost",
+        module="mta_ray.population.capacity.simulate",
+        config="SimulateCapacityConfig",
+        function="simulate_capacity",
+    ),
+    Stage(
+        name="simulate report",
+        help="the reports of several simulations on one page",
+        module="mta_ray.population.joined",
+        config="JoinReportsConfig",
+        function="join_reports",
+    ),
+)
+"""Answers about users whom one does not have yet."""
 SERVICE = (
     Stage(
         name="serve",
@@ -153,6 +259,8 @@ SERVICE = (
 )
 """What the endpoint is run with; no jobs, for a cluster has no use for them."""
 
+ALL = (*STAGES, *BANKS, *SERVICE, *SIMULATIONS)
+
 MANUAL = """\
 mta - merge, then adapt: one frozen base model, and answers that are each user's own
 
@@ -172,8 +280,14 @@ STAGES, in the order in which the data goes; each reads what those before it wro
 ALL STAGES AT ONCE
 {whole}
 
+THE BANKS, in a store: a folder or a URL (s3://...) of versions that never change
+{banks}
+
 THE SERVICE
 {service}
+
+A MILLION USERS BEFORE THERE ARE ANY
+{simulations}
 
 SETTINGS
     Defaults, then the YAML file, then the command line; the later one wins. In YAML, keys are the settings'
@@ -190,6 +304,7 @@ EXAMPLES
     mta prepare-users --files user_others.json --task movie_tagging --out users
     mta build-bank --config bank.yaml
     mta serve --base runs/quickstart/base --bank runs/quickstart/bank
+    mta bank import --bank runs/quickstart/bank --store s3://bucket/banks
     ray job submit --working-dir . -- python jobs/build_bank.py --config bank.yaml
 
 EXIT CODES
@@ -207,7 +322,13 @@ def main(args: Sequence[str] | None = None) -> int:
     if args[0] in ("-V", "--version"):
         print(f"mta-ray {_version()}")
         return OK
-    words = 2 if any(stage.name.split()[0] == args[0] for stage in SERVICE if " " in stage.name) else 1
+    group = [stage for stage in ALL if stage.name.startswith(f"{args[0]} ")]
+    if group and (len(args) < 2 or args[1] in ("-h", "--help")):
+        is_asked = len(args) > 1
+        told = "\n".join(f"mta {stage.name:<20} {stage.help}" for stage in group)
+        print(told, file=sys.stdout if is_asked else sys.stderr)
+        return OK if is_asked else BAD_INPUT
+    words = 2 if group else 1
     name = " ".join(args[:words])
     return run_stage(name, args[words:], prog=f"mta {name}")
 
@@ -233,23 +354,6 @@ def run_stage(stage: str | Stage, args: Sequence[str] | None = None, *, prog: st
         cause = root_cause(error)
         print(f"mta {name}: {message_of(cause)}", file=sys.stderr)
         return _exit_code(cause)
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """What our own code raised, in this process or in a worker, beneath what Ray wrapped around it."""
-    seen: set[int] = set()
-    while id(error) not in seen and type(error).__module__.split(".")[0] == "ray":
-        seen.add(id(error))
-        failures = getattr(error, "worker_failures", None) or {}
-        inner = (
-            getattr(error, "cause", None),
-            getattr(error, "controller_failure", None),
-            getattr(error, "_base_exc", None),
-            next(iter(failures.values()), None),
-            error.__cause__,
-        )
-        error = next((one for one in inner if isinstance(one, BaseException)), error)
-    return error
 
 
 def message_of(error: BaseException) -> str:
@@ -282,7 +386,7 @@ def _run(stage: Stage, config_path: str | None, overrides: list[str], prog: str 
     started_s = time.monotonic()
     try:
         result = function(config)
-    except SystemExit as end:  # how Ray ends a driver on SIGTERM, and Ray Train one on Ctrl-C
+    except SystemExit as end:  # how Ray Train ends a driver on Ctrl-C, and Ray on SIGTERM while it starts
         raise KeyboardInterrupt from end
 
     # 3. where it lies
@@ -296,12 +400,12 @@ def _run(stage: Stage, config_path: str | None, overrides: list[str], prog: str 
 
 
 def _find(name: str) -> Stage:
-    for stage in (*STAGES, *SERVICE):
+    for stage in ALL:
         if stage.name == name.replace("_", "-"):
             return stage
     import difflib
 
-    names = [stage.name for stage in (*STAGES, *SERVICE)]
+    names = [stage.name for stage in ALL]
     close = difflib.get_close_matches(name, names, n=1)
     raise ValueError(
         f"no stage is called {name!r}{f'; did you mean {close[0]!r}?' if close else ''}; "
@@ -329,7 +433,7 @@ def _split(args: list[str], is_debug: bool) -> tuple[bool, str | None, list[str]
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """A polite kill stops a stage as Ctrl-C does. (Ray puts its own handler in place when it starts: see _run.)"""
+    """A polite kill stops a stage as Ctrl-C does. (Ray would put its own in place: cluster.connect.)"""
 
     def interrupt(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -360,12 +464,14 @@ def _exit_code(error: BaseException) -> int:
 
 def _manual() -> str:
     def lines(stages: Sequence[Stage]) -> str:
-        return "\n".join(f"    {stage.name:<16} {stage.help}" for stage in stages)
+        return "\n".join(f"    {stage.name:<20} {stage.help}" for stage in stages)
 
     return MANUAL.format(
         stages=lines([stage for stage in STAGES if stage.name not in WHOLE]),
         whole=lines([stage for stage in STAGES if stage.name in WHOLE]),
+        banks=lines(BANKS),
         service=lines(SERVICE),
+        simulations=lines(SIMULATIONS),
     ).rstrip()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,12 +89,24 @@ def connect(config: ClusterConfig) -> Iterator[None]:
             "dashboard_port": NO_DASHBOARD_PORT,
         }
 
-    _init(options)
+    with _sigterm_kept():
+        _init(options)
     _quiet_ray_data()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Whoever handles SIGTERM goes on handling it: Ray's own handler ends the process with a trace of C++."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _init(options: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -17,6 +17,10 @@ LINE_EVERY_S = 10.0
 """Without a terminal (a job's log), one line at most this often."""
 
 
+FILE_COLUMNS = 160
+"""Of a table that is printed to no terminal."""
+
+
 class Meter:
     """How much of one named piece of work is done. Any thread may report."""
 
@@ -24,33 +28,41 @@ class Meter:
         self.name, self.total, self.unit = name, total, unit
         self.done = 0
         self.started_s = time.monotonic()
+        self._first = (0, self.started_s)  # (done, when) once anything was: what came before was starting up
         self._lock = threading.Lock()
 
     def advance(self, n: int = 1) -> None:
         """`n` more are done."""
         with self._lock:
-            self.done += n
+            self._reach(self.done + n)
         self._show()
 
     def set(self, done: int) -> None:
         """`done` are done in all."""
         with self._lock:
-            self.done = done
+            self._reach(done)
         self._show()
 
     def line(self) -> str:
         """`embed users: 300/1,000 users, 50.0 users/s, 14 s left`."""
-        elapsed_s = max(time.monotonic() - self.started_s, 1e-9)
-        rate = self.done / elapsed_s
+        now_s = time.monotonic()
+        elapsed_s = max(now_s - self.started_s, 1e-9)
+        done, since_s = self._first if self.done > self._first[0] else (0, self.started_s)
+        rate = (self.done - done) / max(now_s - since_s, 1e-9)
         share = f"{self.done:,.0f}" + (f"/{self.total:,.0f}" if self.total is not None else "")
         words = [f"{self.name}: {share} {self.unit}", _rate(rate, self.unit)]
         if self.total is not None and 0 < self.done < self.total:
-            words.append(f"{_seconds((self.total - self.done) / rate)} left")
+            words.append(f"{duration((self.total - self.done) / rate)} left")
         else:
             words.append(
-                f"{_seconds(elapsed_s)} so far" if self.done != self.total else f"{_seconds(elapsed_s)} in all"
+                f"{duration(elapsed_s)} so far" if self.done != self.total else f"{duration(elapsed_s)} in all"
             )
         return ", ".join(words)
+
+    def _reach(self, done: int) -> None:
+        if not self.done:
+            self._first = (done, time.monotonic())
+        self.done = done
 
     def _show(self) -> None:
         """Bring what is on the screen up to date."""
@@ -73,6 +85,27 @@ def progress(name: str, total: int | None, unit: str, *, console: Console | None
 def announce(text: str, *, console: Console | None = None) -> None:
     """Say one thing, such as what a stage begins or why it rests. The text is shown as it is."""
     (console or Console(stderr=True)).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def table_console() -> Console:
+    """Where tables are printed: as wide as the terminal; in a file or a pipe wide enough that no cell is broken."""
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_COLUMNS)
+
+
+def duration(seconds: float) -> str:
+    """`9.5 s`, `14 s`, `8 min 20 s`, `2 h 05 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text in columns, the first one being their heads."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 class _Bar(Meter):
@@ -142,11 +175,3 @@ class _Lines(Meter):
 
 def _rate(per_s: float, unit: str) -> str:
     return f"{per_s:,.1f} {unit}/s" if per_s >= 0.1 else f"{per_s * 60:,.1f} {unit}/min"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

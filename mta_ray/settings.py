@@ -19,6 +19,8 @@ import fsspec
 import tyro
 import yaml
 
+from mta_ray.object_store import open_store
+
 ConfigT = TypeVar("ConfigT")
 
 
@@ -49,8 +51,8 @@ def save_settings(result: str | Path, config: Any) -> str:
     path = f"{str(result).rstrip('/')}.config.yaml"
     text = yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     if "://" in path:
-        with fsspec.open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+        place, _, name = path.rpartition("/")
+        open_store(place).write(name, text.encode())
         return path
 
     temporary = Path(f"{path}.{os.getpid()}.tmp")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from s3_server import S3Server
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,19 +22,63 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's workers run at 15 otherwise, and starve beside whatever the other half of the test run does.
+os.environ.update(RAY_worker_niceness="0")
 os.environ.pop("RAY_ADDRESS", None)  # no test joins a cluster that it did not start
 # Worker processes find the package, and programs that pip put beside Python, installed and activated or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
+@pytest.fixture(autouse=True)
+def _our_log() -> None:
+    """Our loggers speak, whatever libraries and other tests have made of them and of the root."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "mta_ray" and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
+    logging.getLogger("mta_ray").setLevel(logging.INFO)
+    logging.disable(logging.NOTSET)
+
+
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A small Ray cluster on this machine, for this test run alone."""
+    """A small Ray cluster on this machine, for this test run alone, that serves as the one of `mta serve` does."""
     from mta_ray.cluster import ClusterConfig, connect
+    from mta_ray.serving.local import serving_environment
 
-    with connect(ClusterConfig(cpus=2, object_store_mib=150)):
+    with serving_environment(), connect(ClusterConfig(cpus=2, object_store_mib=150)):
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """An S3 server on a free port of this machine, as long as the test run."""
+    from s3_server import S3Server
+
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty bucket of that server; this process and those it starts know the way there."""
+    import fsspec
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.url)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's own tries are not what is looked at
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    bucket = f"bucket-{secrets.token_hex(4)}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    yield f"s3://{bucket}"
+    s3_server.watch(None)
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from mta_ray.evaluation import words
 from mta_ray.evaluation.bands import Bands
@@ -46,7 +48,7 @@ MAP_USERS = 1500
 CURVE_POINTS = 120
 """A longer curve is shown as means over runs of steps."""
 
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that text is measured alike everywhere
     "font.size": 9,
     "text.parse_math": False,  # a name with $ is a name
@@ -61,9 +63,16 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mta_ray",
 }
+"""Of every figure: `@rc_context(STYLE)` on whatever draws one."""
 
 
-@rc_context(_STYLE)
+def plain_ticks(axis: Axis) -> None:
+    """Numbers of a logarithmic axis as 10k and 1M: matplotlib's own would be formulas, which STYLE leaves as text."""
+    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_minor_formatter(NullFormatter())
+
+
+@rc_context(STYLE)
 def svg(figure: Figure) -> str:
     """The figure as an element for a page: the same bytes for the same figure, texts escaped."""
     file = io.StringIO()
@@ -73,7 +82,7 @@ def svg(figure: Figure) -> str:
     return re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def gains_chart(summary: dict[str, Any]) -> Figure | None:
     """Every method's gain with its interval, few-shot users beside the others."""
     groups = [key for key in GROUPS if summary["methods"][BASELINE][key]["queries"]]
@@ -100,7 +109,7 @@ def gains_chart(summary: dict[str, Any]) -> Figure | None:
     return figure
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def history_chart(bands: Bands, metric: str) -> Figure | None:
     """A line for each method over the bands of history length; one band makes no line."""
     if len(bands.labels) < 2:
@@ -121,7 +130,7 @@ def history_chart(bands: Bands, metric: str) -> Figure | None:
     return figure
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def map_chart(points: Sequence[MapPoint]) -> Figure | None:
     """Users and anchors in two dimensions, each user joined to its anchor, each anchor with the number it serves."""
     anchors = {p.anchor_index: p for p in points if p.kind == "anchor"}
@@ -159,7 +168,7 @@ def map_chart(points: Sequence[MapPoint]) -> Figure | None:
     return figure
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def curve_charts(curves: Sequence[Curve]) -> dict[str, Figure]:
     """A small figure for each panel of training losses."""
     panels: dict[str, list[np.ndarray]] = {}

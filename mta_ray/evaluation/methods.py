@@ -16,15 +16,15 @@ import numpy as np
 
 from mta_ray.lamp.prompts import nearest_items
 from mta_ray.lamp.users import User
-from mta_ray.lora.adapter import Adapter
+from mta_ray.lora.adapter import Adapter, to_bytes
 from mta_ray.lora.bank import Bank
 from mta_ray.lora.slots import Route, put
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.generate import answer
 from mta_ray.personalize.base_model import Wording, tokenised
 from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig, fused_adapter, route_users, stack_users
-from mta_ray.personalize.training import TrainConfig
-from mta_ray.pipeline.adapt_users import UserState, adapter_bytes
+from mta_ray.personalize.train_config import TrainConfig
+from mta_ray.pipeline.adapt_users import UserState
 
 OPPU = TrainConfig(rank=8, alpha=16.0, learning_rate=5e-3, steps=12, examples_per_step=4)
 """One LoRA a user on the bare base model (OPPU): rank 8 on q and v, as released. Of the rates 2e-3 and 5e-3 the better
@@ -99,7 +99,7 @@ class Methods:
     def oppu(self, pack: Pack) -> Answers:
         """One LoRA a user, trained on the user's items over the bare base model (OPPU, arXiv 2402.04401)."""
         adapters, seconds = self._train(pack, self.oppu_config, None)
-        return Answers("oppu", self._answer(pack, {STACK: _own_slots(pack)}), adapter_bytes(adapters[0]), seconds)
+        return Answers("oppu", self._answer(pack, {STACK: _own_slots(pack)}), len(to_bytes(adapters[0])), seconds)
 
     def nearest_anchor(self, pack: Pack) -> Answers:
         """The one nearest anchor's meta-LoRA."""
@@ -136,7 +136,7 @@ class Methods:
         adapters, seconds = self._train(pack, RELEASED_STACK, {MERGED: below}, is_one_epoch=True)
         predictions = self._answer(pack, {MERGED: below, STACK: _own_slots(pack)})
         # A merged adapter cannot be shared: it is kept for each user, beside the stack.
-        kept = adapter_bytes(adapters[0]) + self.bank.bytes / len(self.bank) / 2
+        kept = len(to_bytes(adapters[0])) + self.bank.bytes / len(self.bank) / 2
         return Answers("as_released", predictions, kept, merged_s + seconds)
 
     def oracle(self, pack: Pack) -> Answers:

@@ -25,7 +25,7 @@ def render_page(summary: dict[str, Any], facts: ReportFacts, predictions: pd.Dat
     """The report's page."""
     bands = by_history(summary, predictions)
     base = summary["methods"][BASELINE]
-    return _environment().get_template(TEMPLATE).render(
+    return environment().get_template(TEMPLATE).render(
         summary=summary,
         finding=words.finding(summary),
         baseline=BASELINE,
@@ -41,7 +41,8 @@ def render_page(summary: dict[str, Any], facts: ReportFacts, predictions: pd.Dat
     )  # fmt: skip
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Of the templates beside this file: everything is escaped, and a name that is not there is an error."""
     environment = Environment(
         loader=PackageLoader("mta_ray", "evaluation"),
         autoescape=True,

@@ -16,7 +16,7 @@ from mta_ray.pipeline.adapt_users import AdaptUsersConfig, adapt_users
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users
 from mta_ray.pipeline.memory import watch_memory
-from mta_ray.pipeline.prepare_users import PrepareUsersConfig, prepare_users
+from mta_ray.pipeline.prepare_users import PrepareUsersConfig, look_at, prepare_users
 from mta_ray.pipeline.split import SplitConfig
 from mta_ray.pipeline.train_base import TrainBaseConfig, train_base
 from mta_ray.population.synthesize import SimulateUsersConfig, simulate_users
@@ -82,6 +82,7 @@ def quickstart(config: QuickstartConfig) -> str:
 
 def run(config: RunConfig) -> str:
     """The report's folder."""
+    look_at(config.users)  # before a cluster is started
     return _all_stages(config, prepare_users, f"{config.users.task}: {len(config.users.files)} files")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -26,7 +27,7 @@ from mta_ray.lamp.users import FEW_SHOT_ITEMS
 from mta_ray.lora.bank import Bank, load_bank
 from mta_ray.personalize.base_model import BaseModel, Wording, open_base
 from mta_ray.personalize.merge_then_adapt import encode
-from mta_ray.personalize.training import TrainConfig
+from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.adapt_users import ActorConfig, packs_of, read_states
 from mta_ray.pipeline.embed_users import Embeddings, read_embeddings
 from mta_ray.pipeline.group import start_worker
@@ -75,7 +76,7 @@ def evaluate(
 ) -> str:
     """Publish the report, and print its table.
 
-    `seconds` of earlier stages go into the report, and what `memory` has seen of them; else this stage's own peak.
+    `seconds` of earlier stages go into the report beside its own, and what `memory` has seen of them, or its own peak.
     """
     config = located(config, "users", "embeddings", "base", "bank", "states", "out")
     users = open_artifact(config.users, kind="users", verify=False)
@@ -100,6 +101,7 @@ def evaluate(
         log.info("report: %s is current, nothing to do", config.out)
         return config.out
 
+    started_s = time.perf_counter()
     with (
         connect(config.cluster),
         publish(config.out, kind="report", settings=settings, inputs=hashes) as draft,
@@ -118,7 +120,7 @@ def evaluate(
             anchors=len(bank),
             bytes_per_user={method: cost.bytes / cost.users for method, cost in costs.items()},
             seconds_per_user={method: cost.seconds / cost.users for method, cost in costs.items()},
-            seconds=dict(seconds or {}),
+            seconds=dict(seconds or {}) | {"report": round(time.perf_counter() - started_s, 1)},
             peak_memory_mb=round(memory.peak_mb),
             versions={name: metadata.version(name) for name in VERSIONS},
             settings={"prompts": asdict(base.wording.prompts), "base": base.source} | settings,

@@ -42,7 +42,7 @@ COMPARISONS = (
 )
 """Pairs (method, over) whose paired difference is in the report."""
 
-GROUPS = {"few_shot": "few-shot users", "rest": "other users"}
+GROUPS = {"few_shot": "few-shot users", "rest": "the rest"}
 """Groups of users that stand apart in every report, and what a reader calls them."""
 
 COLUMNS = ("method", "user_id", "query_id", "few_shot", "history_items", "gold", "prediction", "score")

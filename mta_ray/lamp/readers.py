@@ -97,6 +97,8 @@ class LampFile:
     def _queries(self, record: dict[str, Any], golds: _Golds | None) -> tuple[Query, ...]:
         if golds is not None:
             gold = golds.of(_text(record, "id", ""))
+            if gold is None:
+                raise _Broken("no answer in the outputs file")
             return (self._query({**record, "gold": gold}, ""),)
         asked = _list(record, "query", "")
         queries = tuple(self._query(_dict(q, f"query[{n}]"), f"query[{n}].") for n, q in enumerate(asked))

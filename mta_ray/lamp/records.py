@@ -120,13 +120,13 @@ class _Utf8:
                 self.is_repaired = True
                 clean = _SURROGATES.sub(self.MARK, text).encode()
             if _TOO_DEEP.search(clean):
-                raise ValueError("lists nested thousands deep")
+                raise ValueError("values nested thousands deep")
             if clean or not chunk:
                 return clean
         return b""
 
 
-_TOO_DEEP = re.compile(rb"(?:\[\s*){5000}")
+_TOO_DEEP = re.compile(rb'(?:[\[{]\s*(?:"[^"\\]{0,20}"\s*:\s*)?){2000}')
 """ijson's memory grows with the square of the depth: 100,000 brackets would take 26 GB."""
 _SURROGATES = re.compile("[\ud800-\udfff]+")
 _UNWRITABLE = re.compile(f"[\ud800-\udfff]+|{_Utf8.MARK}")

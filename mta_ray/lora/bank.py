@@ -16,7 +16,7 @@ from numpy import ndarray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mta_ray.artifacts import open_artifact, publish
+from mta_ray.artifacts import Artifact, open_artifact, publish
 from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.slots import SlotLinear, put
 
@@ -113,6 +113,12 @@ def load_bank(path: str | Path, *, base_fingerprint: str | None = None) -> Bank:
             f"bank {path} was made with base model {facts['base_fingerprint'][:12]}, this base model is "
             f"{base_fingerprint[:12]}; pass the base it was built with, or build the bank again on this one"
         )
+    return read_bank(artifact)
+
+
+def read_bank(artifact: Artifact) -> Bank:
+    """The bank in an artifact that was opened already."""
+    facts = artifact.facts
     tensors = load_file(artifact.path / "factors.safetensors")
     table = pq.read_table(artifact.path / "anchors.parquet")
     modules = sorted(name.removesuffix(".down") for name in tensors if name.endswith(".down"))

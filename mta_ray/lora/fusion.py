@@ -33,11 +33,13 @@ def fusion_weights(similarities: Sequence[float], *, mode: FusionMode, temperatu
     return tuple((shares.flip(0) if mode == "as-released" else shares).tolist())
 
 
-def fuse(adapters: Sequence[Adapter], weights: Sequence[float], *, mode: FusionMode = "exact") -> Adapter:
+def fuse(
+    adapters: Sequence[Adapter], weights: Sequence[float], *, mode: FusionMode = "exact", rank: int | None = None
+) -> Adapter:
     """One adapter that stands for the weighted adapters.
 
-    exact has rank k·r and is Σ w_i ΔW_i to rounding; the others have rank r. Adapters share modules, and for
-    linear and as-released also the rank.
+    exact has rank k·r and is Σ w_i ΔW_i to rounding; the others have rank r, svd also any other `rank`. Adapters
+    share modules, and for linear and as-released also the rank.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(
@@ -51,7 +53,7 @@ def fuse(adapters: Sequence[Adapter], weights: Sequence[float], *, mode: FusionM
     stacked = {m: _concatenate(adapters, weights, m) for m in modules}
     if mode == "exact":
         return Adapter(factors=stacked, scale=1.0)
-    return Adapter(factors={m: _truncate(stacked[m], adapters[0].rank) for m in modules}, scale=1.0)
+    return Adapter(factors={m: _truncate(stacked[m], rank or adapters[0].rank) for m in modules}, scale=1.0)
 
 
 def stack(fused: Adapter, own: Adapter) -> Adapter:

@@ -109,11 +109,21 @@ class Router:
 class Shelf(nn.Module):
     """Stacked factors of equal rank: slot s adds scale · up[s].T @ down[s] to the weight."""
 
-    def __init__(self, *, slots: int, rank: int, fan_in: int, fan_out: int, scale: float, like: Tensor) -> None:
+    def __init__(
+        self,
+        *,
+        slots: int,
+        rank: int,
+        fan_in: int,
+        fan_out: int,
+        scale: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.scale = scale
-        self.down = nn.Parameter(like.new_zeros(slots, rank, fan_in), requires_grad=False)
-        self.up = nn.Parameter(like.new_zeros(slots, rank, fan_out), requires_grad=False)
+        self.down = nn.Parameter(torch.zeros(slots, rank, fan_in, dtype=dtype, device=device), requires_grad=False)
+        self.up = nn.Parameter(torch.zeros(slots, rank, fan_out, dtype=dtype, device=device), requires_grad=False)
 
 
 class SlotLinear(nn.Module):
@@ -124,29 +134,46 @@ class SlotLinear(nn.Module):
              weight[i,j] * scale * (x[i] @ down[slot[i,j]].T) @ up[slot[i,j]]
 
     Input is (rows, tokens, fan_in) with a routing of `rows` rows, or (1, tokens, fan_in) with a routing of `tokens`.
+    `base` is an nn.Linear, or what says its in_features and out_features as one. With `is_flat` the input may also be
+    (rows · tokens, fan_in), row after row: never the tokens that an expert was given, which nobody could tell apart.
     """
 
-    def __init__(self, base: nn.Linear, *, name: str, router: Router, number: int = 0) -> None:
+    def __init__(self, base: nn.Module, *, name: str, router: Router, number: int = 0, is_flat: bool = False) -> None:
         super().__init__()
         self.base = base
         self.name = name
         self.number = number
         """Which of the model's adapted layers this is: its row of `Router.spread`."""
         self.router = router
+        self.is_flat = is_flat
         self.shelves = nn.ModuleDict()
         self.joined: tuple[Tensor, Tensor] | None = None
 
-    def add_shelf(self, shelf: str, *, slots: int, rank: int, scale: float) -> None:
-        """Make (or replace) a shelf of empty slots; empty slots add nothing."""
-        weight = self.base.weight
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in; a 4-bit weight's own dtype says nothing about that."""
+        return getattr(self.base, "compute_dtype", None) or self.base.weight.dtype
+
+    def add_shelf(self, shelf: str, *, slots: int, rank: int, scale: float, dtype: torch.dtype | None = None) -> None:
+        """Make (or replace) a shelf of empty slots; empty slots add nothing.
+
+        Factors of another `dtype` than the layer's are kept in it, and read in the layer's: the small updates of
+        training, which bfloat16 would round away, add up in float32.
+        """
         self.shelves[shelf] = Shelf(
             slots=slots,
             rank=rank,
             fan_in=self.base.in_features,
             fan_out=self.base.out_features,
             scale=scale,
-            like=weight,
+            dtype=dtype or self.dtype,
+            device=self.base.weight.device,
         )
+        self.joined = None
+
+    def remove_shelf(self, shelf: str) -> None:
+        """Take a shelf away with its slots."""
+        del self.shelves[shelf]
         self.joined = None
 
     def join(self, shelves: Sequence[str]) -> None:
@@ -180,13 +207,16 @@ class SlotLinear(nn.Module):
             raise ValueError(f"{self.name}: its shelves are not joined; call join before packed tokens are routed")
         down, up = self.joined
         weights = spread[self.number if len(spread) > 1 else 0]  # (tokens, directions)
-        hidden = x[0] @ down.T
-        # In place: the engine runs without gradients, and this is the hot path.
-        y[0].addmm_(hidden.mul_(weights), up)
+        if x.dim() == 3:  # (1, tokens, fan_in)
+            y[0].addmm_((x[0] @ down.T).mul_(weights), up)  # in place: no gradients here, and this is the hot path
+        else:
+            y.addmm_((x @ down.T).mul_(weights), up)
         return y
 
     def _added(self, shelf: Shelf, x: Tensor, routing: Routing) -> Tensor:
         rows, k = routing.slots.shape
+        if x.dim() == 2 and self.is_flat and x.shape[0] % rows == 0:
+            return self._added(shelf, x.unflatten(0, (rows, -1)), routing).flatten(0, 1)
         per_token = x.shape[0] == 1 and rows == x.shape[1] and rows != 1
         if not per_token and x.shape[0] != rows:
             raise ValueError(f"{self.name}: routing of {rows} rows for an input of shape {tuple(x.shape)}")
@@ -195,7 +225,8 @@ class SlotLinear(nn.Module):
             weights = weights * routing.coefficients[self.name]  # (rows, k, rank)
         kernel = self.router.kernel or choose(rows=rows, k=k, slots=shelf.down.shape[0])
         flat = x.transpose(0, 1) if per_token else x
-        added = kernel(flat, shelf.down, shelf.up, routing.slots, weights * shelf.scale)
+        down, up = shelf.down.to(flat.dtype), shelf.up.to(flat.dtype)
+        added = kernel(flat, down, up, routing.slots, weights * shelf.scale)
         return added.transpose(0, 1) if per_token else added
 
 

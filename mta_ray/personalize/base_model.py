@@ -12,8 +12,9 @@ from mta_ray.lamp.tasks import Task, task_named
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import load_peft
 from mta_ray.lora.bank import Bank, load_bank
-from mta_ray.model.backbone import Backbone, RoutedModel, fingerprint, load_backbone, merge
+from mta_ray.model.backbone import Backbone, RoutedModel, load_backbone
 from mta_ray.model.batches import Tokens, tokenise
+from mta_ray.model.four_bit import Quantization
 
 KIND = "base"
 
@@ -67,6 +68,7 @@ class BaseModel:
     fingerprint: str
     source: str
     dtype: str
+    quantization: Quantization
     targets: str
     mode: str
     wording: Wording
@@ -78,10 +80,10 @@ class BaseModel:
             backbone = load_backbone(str(self.path / "model"), device=device, dtype=self.dtype)
             backbone = Backbone(backbone.model, backbone.tokenizer, self.source, backbone.fingerprint)
         else:
-            backbone = load_backbone(self.source, device=device, dtype=self.dtype)
-        if self.mode == "adapter":
-            merge(backbone.model, load_peft(self.path / "adapter"))
-            backbone = Backbone(backbone.model, backbone.tokenizer, self.source, fingerprint(backbone.model))
+            adapter = load_peft(self.path / "adapter") if self.mode == "adapter" else None
+            backbone = load_backbone(
+                self.source, device=device, dtype=self.dtype, quantization=self.quantization, adapter=adapter
+            )
         if backbone.fingerprint != self.fingerprint:
             raise ValueError(
                 f"the base model {self.source!r} is not the one that {self.path} was made with "
@@ -110,6 +112,7 @@ def open_base(path: str | Path) -> BaseModel:
         fingerprint=facts["fingerprint"],
         source=facts["source"],
         dtype=facts["dtype"],
+        quantization=facts.get("quantization", "none"),
         targets=facts["targets"],
         mode=facts["mode"],
         wording=wording,

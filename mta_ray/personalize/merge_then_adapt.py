@@ -16,7 +16,9 @@ from mta_ray.lora.fusion import FusionMode, fuse, fusion_weights
 from mta_ray.lora.slots import Route
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.batches import Tokens
-from mta_ray.personalize.training import Job, PackResult, TrainConfig, train_pack
+from mta_ray.personalize.lanes import Job
+from mta_ray.personalize.train_config import TrainConfig
+from mta_ray.personalize.training import PackResult, train_pack
 from mta_ray.similarity.anchors import unit
 from mta_ray.similarity.neighbours import nearest
 

@@ -24,7 +24,7 @@ from mta_ray.lora.bank import load_bank
 from mta_ray.lora.slots import Route
 from mta_ray.personalize.base_model import open_base, tokenised
 from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig, encode, route_users, stack_users
-from mta_ray.personalize.training import TrainConfig
+from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.prepare_users import read_users
@@ -107,7 +107,7 @@ class UserState:
     route: Route
     stack: Adapter
     bytes: int
-    """Of the route and of the stack at 2 bytes a number."""
+    """Of the route and of the stack, as they are kept."""
     seconds: float
     """To train the stack: its share of the pack's time."""
 
@@ -198,11 +198,6 @@ def packs_of(users: Iterable[User], wanted: list[str], config: ActorConfig) -> l
     return [found[len(found) * n // packs : len(found) * (n + 1) // packs] for n in range(packs)]
 
 
-def adapter_bytes(adapter: Adapter) -> int:
-    """Bytes of the factors at 2 bytes a number (bf16)."""
-    return 2 * sum(f.down.numel() + f.up.numel() for f in adapter.factors.values())
-
-
 class _Stacker:
     """An actor: base and bank are loaded once, then one pack a call."""
 
@@ -218,17 +213,18 @@ class _Stacker:
         work = [(user.id, tokenised(backbone, wording.history(user)), {BANK: route}) for user, route in pack]
         result = stack_users(self.routed, work, self.config.stack)
         seconds = (time.perf_counter() - started_s) / len(pack)
+        stacks = [to_bytes(adapter) for adapter in result.adapters]
         return [
             {
                 "user_id": user.id,
                 "slots": list(route.slots),
                 "weights": list(route.weights),
-                "stack": to_bytes(adapter),
+                "stack": stack,
                 "scale": adapter.scale,
-                "bytes": route.bytes + adapter_bytes(adapter),
+                "bytes": route.bytes + len(stack),
                 "seconds": seconds,
             }
-            for (user, route), adapter in zip(pack, result.adapters, strict=True)
+            for (user, route), adapter, stack in zip(pack, result.adapters, stacks, strict=True)
         ]
 
 

@@ -1,6 +1,7 @@
-"""Choose the anchors and train their meta-LoRAs: packs of G adapters, groups of W workers, P groups at once.
+"""Choose the anchors and train their meta-LoRAs: G adapters in a pack, groups of W workers, P groups at once.
 
-A finished pack is published at once, beside the bank; a rerun trains only the packs that are missing.
+A finished adapter is published at once, beside the bank, and what is on its way is kept now and then: whoever dies, and
+when the same command is run again, nothing that was finished is trained again.
 """
 
 from __future__ import annotations
@@ -8,40 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import ray
-from ray.actor import ActorHandle
-from safetensors.torch import load_file, save_file
 
-from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish, refuse_stranger
+from mta_ray.artifacts import is_current, jsonable, located, read_manifest, refuse_stranger
 from mta_ray.cluster import ClusterConfig, connect
-from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.bank import assemble, save_bank
-from mta_ray.model.backbone import RoutedModel
-from mta_ray.personalize.base_model import open_base, tokenised
+from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import encode
-from mta_ray.personalize.training import Job, TrainConfig, train_pack
+from mta_ray.personalize.train_config import TrainConfig
+from mta_ray.pipeline.bank.files import AdapterFiles, adapter_folder
+from mta_ray.pipeline.bank.histories import collect_histories
+from mta_ray.pipeline.bank.plan import Plan
+from mta_ray.pipeline.bank.tracking import TrackingConfig, check_tracking
+from mta_ray.pipeline.bank.train_adapters import train_adapters
 from mta_ray.pipeline.embed_users import Embeddings, read_embeddings
-from mta_ray.pipeline.group import (
-    GroupConfig,
-    cpus_per_worker,
-    engine_factory,
-    is_first_worker,
-    start_group,
-    start_worker,
-)
-from mta_ray.pipeline.prepare_users import read_users
-from mta_ray.pipeline.progress import follow, open_board
+from mta_ray.pipeline.group import GroupConfig
 from mta_ray.pipeline.split import SplitConfig, split_users
 from mta_ray.similarity.anchors import choose_anchors
 
 log = logging.getLogger(__name__)
-PROGRESS = "train bank"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,21 +43,27 @@ class BuildBankConfig:
     base: str = "base"
     """The `base` artifact."""
     out: str = "bank"
-    """Folder of the bank; finished packs lie in OUT.packs until the bank is whole."""
+    """Folder or fsspec URL of the bank; what is finished lies in OUT.adapters until the bank is whole."""
     anchors: int = 14
     """Clusters of candidate users; each gives at most one anchor."""
     min_items: int = 11
     """An anchor has at least so many history items."""
     is_centered: bool = True
     """Take the candidates' mean vector off every embedding: what all users share says nothing about who is near."""
-    adapters_per_pack: int = 14
-    """Adapters (G) trained at once over one frozen base."""
+    adapters_per_pack: int = 0
+    """Adapters (G) that a group trains at once over one frozen base; 0: as many as fit its devices."""
     groups: int = 1
     """Training groups (P) at once over the cluster."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=5e-3, steps=40, examples_per_step=6))
     """Of each meta-LoRA."""
+    checkpoint_every_s: float = 300.0
+    """Seconds between two checkpoints of the adapters on their way; a group that is told to go keeps one at once."""
+    max_failures: int = 3
+    """How often in a row a group may die without having finished or kept anything, before the job gives up."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Candidates are the users that teach."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Curves in TensorBoard or MLflow, beside the table and Ray's metrics."""
     group: GroupConfig = field(default_factory=GroupConfig)
     """The workers of each group."""
     force: bool = False
@@ -78,21 +72,42 @@ class BuildBankConfig:
     """Where to run."""
 
     def __post_init__(self) -> None:
-        for name in ("anchors", "min_items", "adapters_per_pack", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("anchors", 1), ("min_items", 1), ("groups", 1), ("adapters_per_pack", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.checkpoint_every_s <= 0 or self.max_failures < 0:
+            raise ValueError("checkpoint_every_s must be above 0 seconds, and max_failures at least 0")
+
+
+PLACING = (
+    "out",
+    "force",
+    "cluster",
+    "users",
+    "embeddings",
+    "base",
+    "group",
+    "groups",
+    "adapters_per_pack",
+    "checkpoint_every_s",
+    "max_failures",
+    "tracking",
+)
+"""Settings that say where and how fast, not what; the inputs among them are recorded by their hashes."""
 
 
 def build_bank(config: BuildBankConfig) -> str:
-    """Publish the bank. Rerun after a stop: finished packs are kept, the rest is trained."""
+    """Publish the bank. Rerun after a stop: finished adapters are kept, those on their way go on."""
     config = located(config, "users", "embeddings", "base", "out")
-    users = open_artifact(config.users, kind="users", verify=False)
+    users = read_manifest(config.users, kind="users")
     base = open_base(config.base)
     table = read_embeddings(config.embeddings, users=users.hash)
-    placing = ("out", "force", "cluster", "users", "embeddings", "base", "group", "groups")
-    settings = {k: v for k, v in jsonable(config).items() if k not in placing}
+    settings = {k: v for k, v in jsonable(config).items() if k not in PLACING}
     inputs = {"users": users.hash, "embeddings": table.hash, "base": base.hash}
+    key = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()
+    files = AdapterFiles(folder=adapter_folder(config.out), key=key)
     if not config.force and is_current(config.out, kind="bank", settings=settings, inputs=inputs):
+        files.remove()  # where a run was stopped between the bank and the end
         log.info("bank: %s is current, nothing to do", config.out)
         return config.out
 
@@ -100,46 +115,67 @@ def build_bank(config: BuildBankConfig) -> str:
     refuse_stranger(config.out, "bank")
     center, vectors, anchors = _anchors(table, config)
     ids = [table.user_ids[row] for row in anchors]
-    packs = [ids[i : i + config.adapters_per_pack] for i in range(0, len(ids), config.adapters_per_pack)]
-    key = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()
-    folder = Path(f"{config.out}.packs")
     if config.force:
-        shutil.rmtree(folder, ignore_errors=True)
-    log.info("bank: %d anchors of %d users in %d packs", len(ids), len(table.user_ids), len(packs))
+        files.remove()
+    log.info("bank: %d anchors of %d users", len(ids), len(table.user_ids))
 
-    # 2. packs that are missing, shared out over the groups
-    paths = [folder / f"pack-{n:05d}" for n in range(len(packs))]
-    missing = [
-        n
-        for n, path in enumerate(paths)
-        if not is_current(path, kind="pack", settings={"key": key, "pack": n}, inputs={}, verify=True)
-    ]
+    # 2. adapters that are missing
+    finished = files.finished(len(ids))
+    missing = [number for number in range(len(ids)) if number not in finished]
+    failed: dict[int, str] = {}
     if missing:
-        if len(missing) < len(packs):
-            log.info("bank: %d of %d packs are there already", len(packs) - len(missing), len(packs))
+        if finished:
+            log.info("bank: %d of %d adapters are there already", len(finished), len(ids))
         with connect(config.cluster):
-            _train(config, packs, missing, folder, key)
+            collect_histories(config.users, ids, files.histories, inputs=inputs)
+            failed = train_adapters(_plan(config, files, len(missing)), missing, len(finished))
+        _tell_failed(failed, len(ids))
 
     # 3. the bank
-    adapters: list[Adapter] = []
-    losses: list[list[float]] = []
-    for path in paths:
-        pack = open_artifact(path, kind="pack")
-        adapters += _read_pack(pack.path, pack.facts["scale"])
-        losses += pack.facts["losses"]
+    kept = [number for number in range(len(ids)) if number not in failed]
+    adapters, losses = zip(*(files.read(number) for number in kept), strict=True)
     bank = assemble(
         adapters,
-        anchor_ids=tuple(ids),
-        embeddings=vectors[anchors],
+        anchor_ids=tuple(ids[number] for number in kept),
+        embeddings=vectors[[anchors[number] for number in kept]],
         center=center,
         base_fingerprint=base.fingerprint,
         encoder=table.encoder,
-        facts={"task": users.facts["task"], "losses": losses, "items": [table.items[row] for row in anchors]},
+        facts={
+            "task": users.facts["task"],
+            "losses": list(losses),
+            "items": [table.items[anchors[number]] for number in kept],
+            "failed": failed,
+        },
     )
     save_bank(bank, config.out, settings=settings, inputs=inputs)
-    shutil.rmtree(folder, ignore_errors=True)
+    files.remove()
     log.info("bank: %d anchors, %.1f MiB, in %s", len(bank), bank.bytes / 2**20, config.out)
     return config.out
+
+
+def _plan(config: BuildBankConfig, files: AdapterFiles, missing: int) -> Plan:
+    groups = min(config.groups, missing)
+    return Plan(
+        base=config.base,
+        files=files,
+        train=config.train,
+        group=config.group,
+        groups=groups,
+        anchors=missing,
+        lanes=config.adapters_per_pack,
+        max_lanes=-(-missing // groups),
+        checkpoint_every_s=config.checkpoint_every_s,
+        max_failures=config.max_failures,
+        tracking=check_tracking(config.tracking),
+    )
+
+
+def _tell_failed(failed: dict[int, str], anchors: int) -> None:
+    for number, reason in sorted(failed.items()):
+        log.warning("bank: adapter %d was stopped: %s", number, reason)
+    if len(failed) == anchors:
+        raise FloatingPointError(f"none of {anchors} adapters could be trained: {next(iter(failed.values()))}")
 
 
 def _anchors(table: Embeddings, config: BuildBankConfig) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -156,82 +192,3 @@ def _anchors(table: Embeddings, config: BuildBankConfig) -> tuple[np.ndarray, np
         seed=config.train.seed,
     )
     return center, vectors, [rows[i] for i in chosen]
-
-
-def _train(config: BuildBankConfig, packs: list[list[str]], missing: list[int], folder: Path, key: str) -> None:
-    board = open_board()
-    groups = min(config.groups, len(missing))
-    cpus = cpus_per_worker(config.group, groups)
-    with follow(board, PROGRESS, len(missing) * config.train.steps, "steps"):
-        running = [
-            start_group(
-                _loop,
-                {
-                    "config": config,
-                    "packs": {n: packs[n] for n in missing[group::groups]},
-                    "folder": str(folder.absolute()),
-                    "key": key,
-                    "board": board,
-                },
-                config.group,
-                cpus,
-            )
-            for group in range(groups)
-        ]
-        ray.get(running)
-
-
-def _loop(settings: dict[str, Any]) -> None:
-    """What every worker of a group runs: its queue of packs, each published when it is finished."""
-    start_worker(settings["cpus"])
-    config: BuildBankConfig = settings["config"]
-    packs: dict[int, list[str]] = settings["packs"]
-    board: ActorHandle = settings["board"]
-
-    # 1. the frozen base, and the histories of this group's anchors
-    base = open_base(config.base)
-    routed = RoutedModel(base.load(device=config.group.device), base.targets)
-    wanted = {user_id for ids in packs.values() for user_id in ids}
-    examples = {
-        user.id: tokenised(routed.backbone, base.wording.history(user))
-        for user in read_users(config.users)
-        if user.id in wanted
-    }
-
-    for number, ids in packs.items():
-        # 2. train the pack
-        def on_step(step: int, source: str = f"pack {number}") -> None:
-            if is_first_worker():
-                board.report.remote(PROGRESS, source, step)
-
-        jobs = [Job(id=user_id, examples=examples[user_id]) for user_id in ids]
-        make = engine_factory(routed.model, config.train, config.group, per_slot=True)
-        result = train_pack(routed, jobs, config.train, make_engine=make, on_step=on_step)
-
-        # 3. publish it
-        if is_first_worker():
-            path = Path(settings["folder"]) / f"pack-{number:05d}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with publish(path, kind="pack", settings={"key": settings["key"], "pack": number}, inputs={}) as draft:
-                save_file(
-                    {
-                        f"{slot}.{module}.{side}": getattr(factors, side).contiguous()
-                        for slot, adapter in enumerate(result.adapters)
-                        for module, factors in adapter.factors.items()
-                        for side in ("down", "up")
-                    },
-                    draft.path / "adapters.safetensors",
-                )
-                draft.facts.update(scale=result.adapters[0].scale, losses=result.losses.T.astype(float).tolist())
-
-
-def _read_pack(folder: Path, scale: float) -> list[Adapter]:
-    factors: dict[int, dict[str, dict[str, Any]]] = {}
-    for name, tensor in load_file(folder / "adapters.safetensors").items():
-        slot, rest = name.split(".", 1)
-        module, side = rest.rsplit(".", 1)
-        factors.setdefault(int(slot), {}).setdefault(module, {})[side] = tensor
-    return [
-        Adapter(factors={m: Factors(**sides) for m, sides in sorted(factors[slot].items())}, scale=scale)
-        for slot in sorted(factors)
-    ]

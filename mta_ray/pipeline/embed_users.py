@@ -14,11 +14,11 @@ from jaxtyping import Float
 from numpy import ndarray
 from ray.actor import ActorHandle
 
-from mta_ray.artifacts import is_current, located, open_artifact, publish
+from mta_ray.artifacts import is_current, located, open_artifact, publish, read_manifest
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.prompts import render_item
 from mta_ray.lamp.tasks import task_named
-from mta_ray.lamp.users import from_table
+from mta_ray.lamp.users import User, from_table
 from mta_ray.pipeline.prepare_users import users_dataset
 from mta_ray.pipeline.progress import follow, open_board
 from mta_ray.similarity.embedding import EMBEDDED, Encoder
@@ -80,7 +80,7 @@ def embed_users(config: EmbedUsersConfig) -> str:
     config = located(config, "users", "out")
     if Path(config.encoder).is_dir():
         config = located(config, "encoder")
-    users = open_artifact(config.users, kind="users", verify=False)
+    users = read_manifest(config.users, kind="users")
     settings = {"encoder": config.encoder, "max_items": config.max_items, "max_words": config.max_words}
     inputs = {"users": users.hash}
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
@@ -136,13 +136,7 @@ class _EmbedBatch:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         users = from_table(batch)
-        texts = [
-            [
-                _cut(render_item(task_named(u.task), item), self.config.max_words)
-                for item in u.history[-self.config.max_items :]
-            ]
-            for u in users
-        ]
+        texts = [item_texts(u, self.config.max_items, self.config.max_words) for u in users]
         means = self.encoder.embed_users(texts)
         self.board.add.remote("embed users", len(users))
         return pa.table(
@@ -155,5 +149,7 @@ class _EmbedBatch:
         )
 
 
-def _cut(text: str, max_words: int) -> str:
-    return " ".join(text.split()[:max_words])
+def item_texts(user: User, max_items: int, max_words: int) -> list[str]:
+    """What is encoded of a user: the latest items, each cut to so many words."""
+    task = task_named(user.task)
+    return [" ".join(render_item(task, item).split()[:max_words]) for item in user.history[-max_items:]]

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import ray
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from torch import nn
+from transformers import PreTrainedModel
 
-from mta_ray.personalize.training import Engine, TrainConfig
-from mta_ray.pipeline.deepspeed_engine import DeepSpeedEngine
+from mta_ray.model.four_bit import is_four_bit
+from mta_ray.model.training_mode import prepare_for_training
+from mta_ray.personalize.train_config import TrainConfig
+from mta_ray.pipeline.deepspeed_engine import DeepSpeedEngine, DeepSpeedSlotEngine
+
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +41,24 @@ class GroupConfig:
     """DeepSpeed ZeRO: 0 none, 1 shards optimiser state, 2 gradients too, 3 the frozen base too."""
     offload: bool = False
     """Optimiser state (with stage 3 also the base) in host memory."""
+    accelerators: tuple[str, ...] = ()
+    """Kinds of GPU as Ray names them (`A100`, `H100`); group n takes the n-th, and so round. None: any."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Of a group's workers over nodes, as Ray's placement groups name it."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside the model's blocks and compute them anew in the backward pass: less memory, more
+    time, the same results."""
+    compile: bool = False
+    """torch.compile for the model's blocks: a slower start, the same results up to rounding. On CPUs no step became
+    faster; GPUs are not measured yet. Not with zero_stage 3."""
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.cpus_per_worker < 0 or self.gpus_per_worker < 0:
             raise ValueError(f"got {self}; wanted at least one worker and no negative number")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
+        if self.zero_stage == 3 and self.compile:
+            raise ValueError("compile cannot see the weights that zero_stage 3 gathers: use zero_stage 0, 1 or 2")
 
     @property
     def device(self) -> str:
@@ -46,13 +67,21 @@ class GroupConfig:
 
 def cpus_per_worker(config: GroupConfig, groups: int) -> int:
     """CPUs for each worker of `groups` groups on the connected cluster."""
-    return config.cpus_per_worker or max(1, int(ray.cluster_resources().get("CPU", 1)) // (groups * config.workers))
+    if config.cpus_per_worker:
+        return config.cpus_per_worker
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    sizes = [int(node.get("CPU", 0)) for node in nodes if node.get("GPU", 0) >= config.gpus_per_worker]
+    wanted = groups * config.workers
+    cpus = max(1, sum(sizes) // wanted)
+    while cpus > 1 and sum(size // cpus for size in sizes) < wanted:  # a worker's CPUs are on one node
+        cpus -= 1
+    return cpus
 
 
 def start_group(
-    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: GroupConfig, cpus: int
+    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: GroupConfig, cpus: int, number: int = 0
 ) -> ray.ObjectRef:
-    """Run `loop(settings)` on the group's workers, as a task to wait for. Results are what the loop publishes.
+    """Run `loop(settings)` on the workers of group `number`, as a task to wait for. Results are what it publishes.
 
     Waiting raises a failed worker's error, inside Ray Train's TrainingFailedError. The task's processes are told which
     cluster is theirs: without an address Ray's State API takes the latest one that was started on the machine, and Ray
@@ -61,11 +90,11 @@ def start_group(
     here = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     # max_calls: the task's process ends with it, and takes Ray Train's controller along, which would stay otherwise.
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1, runtime_env={"env_vars": here})
-    return task(_run_group).remote(loop, settings, config, cpus)
+    return task(_run_group).remote(loop, settings, config, cpus, number)
 
 
 def _run_group(
-    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: GroupConfig, cpus: int
+    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: GroupConfig, cpus: int, number: int
 ) -> None:
     resources: dict[str, float] = {"CPU": cpus}
     if config.gpus_per_worker:
@@ -75,31 +104,102 @@ def _run_group(
             loop,
             train_loop_config=settings | {"cpus": cpus},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=config.workers, use_gpu=bool(config.gpus_per_worker), resources_per_worker=resources
+                num_workers=config.workers,
+                use_gpu=bool(config.gpus_per_worker),
+                resources_per_worker=resources,
+                placement_strategy=config.placement,
+                accelerator_type=config.accelerators[number % len(config.accelerators)]
+                if config.accelerators
+                else None,
             ),
-            run_config=ray.train.RunConfig(name="group", storage_path=storage),
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
+            run_config=ray.train.RunConfig(
+                name="group",
+                storage_path=storage,
+                # A group that dies is started again by whoever started it, who gives its work to others meanwhile.
+                failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0),
+            ),
+            torch_config=_Listening(backend="nccl" if config.gpus_per_worker else "gloo"),
         )
         trainer.fit()
 
 
-def engine_factory(
-    model: nn.Module, train: TrainConfig, group: GroupConfig, *, per_slot: bool
-) -> Callable[[list[nn.Parameter]], Engine]:
-    """What `train_pack` and `train_whole` call to get their engine inside a group's worker."""
+def whole_engine(
+    model: nn.Module, train: TrainConfig, group: GroupConfig
+) -> Callable[[list[nn.Parameter]], DeepSpeedEngine]:
+    """What `train_whole` calls to get its engine inside a group's worker."""
+    return partial(DeepSpeedEngine, model, **_engine_settings(model, train, group))
 
-    def make(trainable: list[nn.Parameter]) -> Engine:
-        return DeepSpeedEngine(
-            model,
-            trainable,
-            zero_stage=group.zero_stage,
-            weight_decay=train.weight_decay,
-            max_grad_norm=train.max_grad_norm,
-            per_slot=per_slot,
-            offload=group.offload,
-        )
 
-    return make
+def slot_engine(
+    model: nn.Module, train: TrainConfig, group: GroupConfig
+) -> Callable[[list[nn.Parameter]], DeepSpeedSlotEngine]:
+    """What `train_pack` and `train_lanes` call to get their engine inside a group's worker."""
+    return partial(DeepSpeedSlotEngine, model, **_engine_settings(model, train, group))
+
+
+def _engine_settings(model: nn.Module, train: TrainConfig, group: GroupConfig) -> dict[str, Any]:
+    """Raises ValueError for a model in 4 bits with zero_stage 3."""
+    if group.zero_stage == 3 and any(is_four_bit(module) for module in model.modules()):
+        raise ValueError("zero_stage 3 cannot share out weights of 4 bits: use zero_stage 0, 1 or 2")
+    return {
+        "zero_stage": group.zero_stage,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "offload": group.offload,
+    }
+
+
+_asked_to_stop = threading.Event()
+
+
+def is_asked_to_stop() -> bool:
+    """Whether this worker's process has been sent SIGTERM: the loop keeps what it has, and ends."""
+    return _asked_to_stop.is_set()
+
+
+def _listen_for_sigterm() -> None:
+    # Ray Train runs the loop in a thread, and only the main thread may say what a signal does.
+    signal.signal(signal.SIGTERM, lambda *_: _asked_to_stop.set())
+
+
+class _ListeningBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_start(worker_group, backend_config)
+        worker_group.execute(_listen_for_sigterm)
+
+
+class _Listening(ray.train.torch.TorchConfig):
+    """Torch's process group, in workers that a SIGTERM asks to stop, where Ray's own would end at once."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _ListeningBackend
+
+
+def broadcast_object(value: ValueT) -> ValueT:
+    """The first worker's value, on every worker of the group."""
+    if torch.distributed.get_world_size() == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather_objects(value: ValueT) -> list[ValueT]:
+    """Every worker's value, on every worker of the group, in the order of their ranks."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def prepare_blocks(model: PreTrainedModel, group: GroupConfig) -> None:
+    """Let the model's blocks run as the group wants it: once, before the first engine takes the model."""
+    prepare_for_training(
+        model,
+        gradient_checkpointing=group.gradient_checkpointing,
+        compile=group.compile,
+        is_sharded=group.zero_stage == 3,
+    )
 
 
 def is_first_worker() -> bool:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import ray
@@ -20,10 +21,18 @@ class PeakMemory:
     def __init__(self) -> None:
         self.peak_mb = 0.0
         """MiB. Pages that several processes share (the object store, libraries) count once."""
+        self.process_peak_mb = 0.0
+        """MiB of the largest single process, with its share of what it shares with others."""
+        self.process_peak_name = ""
+        """What Ray or the system calls that process."""
 
     def look(self) -> None:
         """Measure once more."""
-        self.peak_mb = max(self.peak_mb, sum(_proportional_bytes(pid) for pid in _processes()) / MIB)
+        sizes = {pid: _proportional_bytes(pid) / MIB for pid in _processes()}
+        self.peak_mb = max(self.peak_mb, sum(sizes.values()))
+        largest = max(sizes, key=lambda pid: sizes[pid])
+        if sizes[largest] > self.process_peak_mb:
+            self.process_peak_mb, self.process_peak_name = sizes[largest], _name(largest)
 
 
 @contextmanager
@@ -58,6 +67,16 @@ def _processes() -> set[int]:
         except psutil.Error:
             continue
     return found
+
+
+def _name(pid: int) -> str:
+    """`driver`, or a process's title without its arguments: Ray tells the work there."""
+    if pid == os.getpid():
+        return "driver"
+    try:
+        return Path((psutil.Process(pid).cmdline() or ["?"])[0]).name
+    except psutil.Error:
+        return "?"
 
 
 def _proportional_bytes(pid: int) -> int:

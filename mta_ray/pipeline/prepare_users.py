@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import ray
 from ray.actor import ActorHandle
 
-from mta_ray.artifacts import is_current, located, open_artifact, publish
+from mta_ray.artifacts import artifact_files, is_current, located, open_artifact, publish
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.readers import LampFile, Reject
 from mta_ray.lamp.tasks import Task, task_named
@@ -86,12 +86,9 @@ def prepare_users(config: PrepareUsersConfig) -> str:
     """
     config = located(config, "out")
     config = replace(config, files=tuple(f if "://" in f else str(Path(f).absolute()) for f in config.files))
-    task = task_named(config.task)
-    if not config.files:
-        raise ValueError("no files; give at least one LaMP file of the task with --files")
 
     # 1. look at every file; nothing to do?
-    sources = [LampFile(file, task) for file in config.files]
+    task, sources = look_at(config)
     settings = {name: getattr(config, name) for name in ("max_reject_share", "limit", "shard_mib")} | {
         "task": task.name
     }
@@ -101,6 +98,14 @@ def prepare_users(config: PrepareUsersConfig) -> str:
         return config.out
     with connect(config.cluster):
         return _prepare(config, task, settings, inputs)
+
+
+def look_at(config: PrepareUsersConfig) -> tuple[Task, list[LampFile]]:
+    """The task and its files. Raises ValueError for an unknown task, no files, or a file that holds something else."""
+    task = task_named(config.task)
+    if not config.files:
+        raise ValueError("no files; give at least one LaMP file of the task with --files")
+    return task, [LampFile(file, task) for file in config.files]
 
 
 def _prepare(config: PrepareUsersConfig, task: Task, settings: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -148,8 +153,10 @@ def read_users(path: str | Path) -> Iterator[User]:
 
 
 def users_dataset(path: str | Path) -> ray.data.Dataset:
-    """The users of an artifact as a Ray dataset with rows of `lamp.users.SCHEMA`."""
-    return ray.data.read_parquet([str(file) for file in _shards_of(path)])
+    """The users of an artifact as a Ray dataset with rows of `lamp.users.SCHEMA`; in a store, read where they lie."""
+    files, store = artifact_files(path, kind=KIND)
+    shards = [file for file in files if PurePosixPath(file).match("users-*.parquet")]
+    return ray.data.read_parquet(shards, filesystem=store)
 
 
 def _shards_of(path: str | Path) -> list[Path]:

@@ -15,18 +15,23 @@ from ray.actor import ActorHandle
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.tasks import task_named
-from mta_ray.lora.adapter import save_peft
-from mta_ray.model.backbone import EMBEDDED, RoutedModel, fingerprint, load_backbone, merge
+from mta_ray.lora.adapter import Adapter, save_peft
+from mta_ray.model.backbone import EMBEDDED, RoutedModel, load_backbone
+from mta_ray.model.four_bit import Quantization, check_available, four_bit_mark
 from mta_ray.personalize.base_model import KIND, PromptConfig, Wording, open_base, tokenised
-from mta_ray.personalize.training import Job, TrainConfig, train_pack, train_whole
+from mta_ray.personalize.lanes import Job
+from mta_ray.personalize.train_config import TrainConfig
+from mta_ray.personalize.training import train_pack, train_whole
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import (
     GroupConfig,
     cpus_per_worker,
-    engine_factory,
     is_first_worker,
+    prepare_blocks,
+    slot_engine,
     start_group,
     start_worker,
+    whole_engine,
 )
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.progress import follow, open_board
@@ -52,6 +57,9 @@ class TrainBaseConfig:
     """`full`: all but token embeddings, for small models. `adapter`: one merged task LoRA (OPPU). `none`: as MTA."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+    quantization: Quantization = "none"
+    """`nf4`: the frozen layers in 4 bits, computed in `dtype`; modes adapter and none. A task adapter is trained over
+    them, then merged into the weights before these are quantised."""
     targets: str = "qv"
     """Layers that adapters of this base adapt: qv, all-linear, or last names separated by commas."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -74,6 +82,13 @@ class TrainBaseConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        if self.mode == "full" and self.quantization != "none":
+            raise ValueError(
+                f"mode full trains the weights themselves, and quantization {self.quantization} keeps them frozen in 4 "
+                "bits: use mode adapter or none"
+            )
+        if self.quantization != "none" and self.group.zero_stage == 3:
+            raise ValueError("zero_stage 3 cannot share out weights of 4 bits: use zero_stage 0, 1 or 2")
         if self.mode == "full" and self.group.zero_stage == 3:
             raise ValueError("mode full trains small models: use zero_stage 0, 1 or 2")
         if not 0 <= self.rag_share <= 1:
@@ -87,12 +102,16 @@ def train_base(config: TrainBaseConfig) -> str:
     config = located(config, "users", "embeddings", "out")
     if Path(config.base_model).is_dir():
         config = located(config, "base_model")
+    if config.quantization != "none":
+        check_available()
     users = open_artifact(config.users, kind="users", verify=False)
     embeddings = open_artifact(config.embeddings, kind="embeddings", verify=False)
     if embeddings.inputs.get("users") != users.hash:
         raise ValueError(f"{config.embeddings} holds the embeddings of other users; run embed-users on {config.users}")
     settings = {
-        k: v for k, v in jsonable(config).items() if k not in ("out", "force", "cluster", "users", "embeddings")
+        k: v
+        for k, v in jsonable(config).items()
+        if k not in ("out", "force", "cluster", "users", "embeddings", "group")
     }
     inputs = {"users": users.hash, "embeddings": embeddings.hash}
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
@@ -100,8 +119,7 @@ def train_base(config: TrainBaseConfig) -> str:
         return config.out
     with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         if config.mode == "none":
-            backbone = load_backbone(config.base_model, dtype=config.dtype)
-            report = {"fingerprint": backbone.fingerprint, "losses": []}
+            report = {"fingerprint": _fingerprint(config), "losses": []}
         else:
             board = open_board()
             with follow(board, PROGRESS, config.train.steps, "steps"):
@@ -115,6 +133,7 @@ def train_base(config: TrainBaseConfig) -> str:
             source=config.base_model,
             mode=config.mode,
             dtype=config.dtype,
+            quantization=config.quantization,
             targets=config.targets,
             prompts=asdict(config.prompts),
             **report,
@@ -132,7 +151,9 @@ def _loop(settings: dict[str, Any]) -> None:
     wording = Wording(task=task_named(facts["task"]), labels=tuple(facts["labels"]), prompts=config.prompts)
 
     # 1. the model, and the teachers' examples
-    backbone = load_backbone(config.base_model, dtype=config.dtype, device=config.group.device)
+    backbone = load_backbone(
+        config.base_model, dtype=config.dtype, device=config.group.device, quantization=config.quantization
+    )
     examples = tokenised(backbone, _examples(config, wording))
 
     def on_step(step: int) -> None:
@@ -141,15 +162,17 @@ def _loop(settings: dict[str, Any]) -> None:
 
     # 2. train
     if config.mode == "full":
-        make = engine_factory(backbone.model, config.train, config.group, per_slot=False)
+        prepare_blocks(backbone.model, config.group)
+        make = whole_engine(backbone.model, config.train, config.group)
         losses = train_whole(backbone, examples, config.train, make_engine=make, on_step=on_step)
     else:
         routed = RoutedModel(backbone, config.targets)
-        make = engine_factory(routed.model, config.train, config.group, per_slot=True)
+        prepare_blocks(routed.model, config.group)
+        make_slots = slot_engine(routed.model, config.train, config.group)
         result = train_pack(
-            routed, [Job(id="task", examples=examples)], config.train, make_engine=make, on_step=on_step
+            routed, [Job(id="task", examples=examples)], config.train, make_engine=make_slots, on_step=on_step
         )
-        losses = result.losses[:, 0].tolist()
+        losses = result.losses[0]
 
     # 3. save
     if not is_first_worker():
@@ -160,10 +183,14 @@ def _loop(settings: dict[str, Any]) -> None:
         mark = load_backbone(str(out / "model"), dtype=config.dtype).fingerprint
     else:
         save_peft(result.adapters[0], out / "adapter", base_model=config.base_model)
-        fresh = load_backbone(config.base_model, dtype=config.dtype)
-        merge(fresh.model, result.adapters[0])
-        mark = fingerprint(fresh.model)
+        mark = _fingerprint(config, result.adapters[0])
     (out / "report.json").write_text(json.dumps({"fingerprint": mark, "losses": losses}))
+
+
+def _fingerprint(config: TrainBaseConfig, adapter: Adapter | None = None) -> str:
+    """Of the base as later stages load it, without quantising anything."""
+    mark = load_backbone(config.base_model, dtype=config.dtype, adapter=adapter).fingerprint
+    return four_bit_mark(mark) if config.quantization == "nf4" else mark
 
 
 def _examples(config: TrainBaseConfig, wording: Wording) -> list:

@@ -45,14 +45,27 @@ class WorldConfig:
     """Longest history."""
     queries: int = 6
     """Queries of each user."""
+    week: int = 0
+    """When it is, in weeks since the world began; histories and queries are of the week before."""
+    moves: float = 0.02
+    """Of a user's main archetype, in each week: the chance that another one takes its place for good."""
+    fashion: float = 0.02
+    """Of what an archetype likes, in each week: the share that changes, for everybody who has it."""
 
     def __post_init__(self) -> None:
         if self.task not in SIMULATED_TASKS:
             raise ValueError(f"task {self.task!r} cannot be simulated; choose one of {', '.join(SIMULATED_TASKS)}")
-        for name in ("purity", "answer_noise", "few_shot_share"):
+        for name in ("purity", "answer_noise", "few_shot_share", "moves", "fashion"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        for name, least in (("archetypes", 1), ("median_items", 1), ("max_items", 1), ("queries", 0), ("seed", 0)):
+        for name, least in (
+            ("archetypes", 1),
+            ("median_items", 1),
+            ("max_items", 1),
+            ("queries", 0),
+            ("seed", 0),
+            ("week", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("own_taste", "exposure"):
@@ -61,18 +74,25 @@ class WorldConfig:
 
 
 def simulate_user(config: WorldConfig, number: int) -> User:
-    """User `number` of the world: the same whenever, wherever and in whatever order it is asked for."""
+    """User `number` of the world: the same whenever, wherever and in whatever order it is asked for.
+
+    In a later week the same user, with the taste of then and other items and queries.
+    """
     rng = np.random.default_rng([config.seed, 1, number])
-    taste = _taste(config, rng)
+    taste = _taste(config, rng, number)
     items = _history_length(config, rng)
     user_id = f"sim-{config.seed}-{number}"
+    prefix = user_id
+    if config.week:
+        prefix = f"{user_id}-w{config.week}"
+        rng = np.random.default_rng([config.seed, 2, number, config.week])
     events = [_event(config, taste, rng) for _ in range(items + config.queries)]
     history = tuple(
-        HistoryItem(id=f"{user_id}-{n}", content=content, target=answer)
+        HistoryItem(id=f"{prefix}-{n}", content=content, target=answer)
         for n, (content, answer, _) in enumerate(events[:items])
     )
     queries = tuple(
-        Query(id=f"{user_id}-q{n}", content=content, target=answer, best=best)
+        Query(id=f"{prefix}-q{n}", content=content, target=answer, best=best)
         for n, (content, answer, best) in enumerate(events[items:])
     )
     return User(id=user_id, task=config.task, history=history, queries=queries)
@@ -81,12 +101,22 @@ def simulate_user(config: WorldConfig, number: int) -> User:
 def main_archetype(config: WorldConfig, number: int) -> int:
     """The archetype that user `number` has most of: the latent truth, for maps and tests."""
     rng = np.random.default_rng([config.seed, 1, number])
-    return int(rng.integers(config.archetypes))
+    return _moved(config, int(rng.integers(config.archetypes)), number)
 
 
-def _taste(config: WorldConfig, rng: np.random.Generator) -> ndarray:
+def _moved(config: WorldConfig, main: int, number: int) -> int:
+    """The main archetype in the week that it is: each week it may have become another one."""
+    rng = np.random.default_rng([config.seed, 3, number])
+    for _ in range(config.week):
+        chance, step = rng.random(), int(rng.integers(1, max(config.archetypes, 2)))
+        if chance < config.moves:
+            main = (main + step) % config.archetypes
+    return main
+
+
+def _taste(config: WorldConfig, rng: np.random.Generator, number: int) -> ndarray:
     """The user's preference over the task's traits: a mixture of two archetypes and something of their own."""
-    main = int(rng.integers(config.archetypes))
+    main = _moved(config, int(rng.integers(config.archetypes)), number)
     other = int(rng.integers(config.archetypes))
     share = float(np.clip(rng.normal(config.purity, 0.05), 0.5, 1.0))
     world = _archetypes(config)
@@ -95,7 +125,10 @@ def _taste(config: WorldConfig, rng: np.random.Generator) -> ndarray:
 
 
 def _archetypes(config: WorldConfig) -> ndarray:
-    """(archetypes, traits): standard scores, so that no archetype is more opinionated than another."""
+    """(archetypes, traits): standard scores, so that no archetype is more opinionated than another.
+
+    Fashion leads each of them from one order of its traits towards another one.
+    """
     traits = {
         "movie_tagging": len(words.THEMES),
         "product_rating": len(words.ASPECTS),
@@ -103,7 +136,13 @@ def _archetypes(config: WorldConfig) -> ndarray:
     }[config.task]
     rng = np.random.default_rng([config.seed, 0])
     ranked = np.linspace(-1.6, 1.6, traits)
-    return np.stack([rng.permutation(ranked) for _ in range(config.archetypes)])
+    now = np.stack([rng.permutation(ranked) for _ in range(config.archetypes)])
+    if not config.week:
+        return now
+    later = np.stack([rng.permutation(ranked) for _ in range(config.archetypes)])
+    kept = (1 - config.fashion) ** config.week
+    order = (kept * now + (1 - kept) * later).argsort(axis=1).argsort(axis=1)
+    return ranked[order]
 
 
 def _history_length(config: WorldConfig, rng: np.random.Generator) -> int:

@@ -9,9 +9,11 @@ from pydantic import BaseModel
 
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.schema import BadRequest
+from mta_ray.serving.stack_queue import Status
 from mta_ray.serving.user_state import UserState
 
 FinishReason = Literal["stop", "length"]
+StackStatus = Status | Literal["ready"]
 
 
 def to_json(answer: BaseModel) -> bytes:
@@ -166,6 +168,12 @@ class ModelList(BaseModel):
 # ---- ours
 
 
+class Health(BaseModel):
+    """GET /healthz and /readyz."""
+
+    status: Literal["ok", "ready"]
+
+
 class AnchorView(BaseModel):
     """One of the anchors that a user is made of."""
 
@@ -177,7 +185,11 @@ class AnchorView(BaseModel):
 
 
 class UserView(BaseModel):
-    """GET /v1/users/{id}."""
+    """GET /v1/users/{id}.
+
+    `stack_status` is `none` (never asked for), `waiting`, `training`, `ready` (answers use it), or `failed` (given up
+    until it is asked for again).
+    """
 
     id: str
     object: Literal["user"] = "user"
@@ -186,16 +198,15 @@ class UserView(BaseModel):
     history_items: int
     history_bytes: int
     history_digest: str
-    bank_version: str | None
+    bank_version: str | None = None
     """That the anchors below are of."""
     anchors: list[AnchorView]
     """Empty: the cold start, every anchor of the bank alike."""
     is_route_current: bool
     """False: computed for an older history or bank; the next request computes it anew."""
-    stack_version: int | None
+    stack_version: int | None = None
     stack_bytes: int
-    stack_status: str
-    """none, waiting, training or failed: of one that was asked for."""
+    stack_status: StackStatus
     created_at: int
     updated_at: int
 
@@ -205,7 +216,7 @@ class StackAccepted(BaseModel):
 
     id: str
     object: Literal["user.stack"] = "user.stack"
-    status: str
+    status: StackStatus
 
 
 class UserDeleted(BaseModel):
@@ -217,8 +228,8 @@ class UserDeleted(BaseModel):
     was_anchor: bool
 
 
-def user_view(state: UserState, *, slots: Mapping[UserId, int], active_bank: str | None, stack_status: str) -> UserView:
-    """A user as its own tenant may see it; `slots` are those in service of its route's bank."""
+def user_view(state: UserState, *, slots: Mapping[UserId, int], active_bank: str | None, job: Status) -> UserView:
+    """A user as its own tenant may see it; `slots` are those in service of its route's bank, `job` its stack's."""
     route = state.route
     anchors = [
         AnchorView(slot=slots[anchor], weight=weight, user=anchor.id if anchor.tenant == state.user.tenant else None)
@@ -239,7 +250,7 @@ def user_view(state: UserState, *, slots: Mapping[UserId, int], active_bank: str
         and len(anchors) == len(route.anchors if route else ()),
         stack_version=state.stack_version,
         stack_bytes=state.stack_bytes,
-        stack_status=stack_status,
+        stack_status="ready" if job == "none" and state.stack_version is not None else job,
         created_at=int(state.created_at_s),
         updated_at=int(state.updated_at_s),
     )

@@ -7,10 +7,12 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.ingress import Ingress
 from mta_ray.serving.replica import Replica
+from mta_ray.serving.router import ForgetfulRouter
 from mta_ray.serving.stacker import Stacker
 from mta_ray.settings import settings_of
 
@@ -24,11 +26,12 @@ def build_app(args: ServingArgs | Mapping[str, Any]) -> Application:
         args = settings_of(ServingArgs, args, source="args")
     replica = serve.deployment(Replica).options(
         name="Model",
-        num_replicas=args.replicas,
+        **_replicas(args),
         max_ongoing_requests=args.engine.max_requests + args.engine.max_waiting + CALLS_BESIDE,
         max_queued_requests=args.engine.max_requests + args.engine.max_waiting,
-        health_check_period_s=5,
+        health_check_period_s=2,  # how long a dead replica goes unnoticed
         graceful_shutdown_timeout_s=60,
+        request_router_config=RequestRouterConfig(request_router_class=ForgetfulRouter),
         ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": args.gpus_per_replica},
     )
     stacker = serve.deployment(Stacker).options(
@@ -41,3 +44,20 @@ def build_app(args: ServingArgs | Mapping[str, Any]) -> Application:
         name="Ingress", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1}
     )
     return ingress.bind(args, replica.bind(args), stacker.bind(args))
+
+
+def _replicas(args: ServingArgs) -> dict[str, Any]:
+    """How many replicas, as Ray Serve's options: a number, or the bounds between which requests decide."""
+    scale = args.autoscale
+    if not scale.max_replicas:
+        return {"num_replicas": args.replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": args.replicas,
+            "max_replicas": scale.max_replicas,
+            "target_ongoing_requests": scale.target_ongoing_requests,
+            "look_back_period_s": scale.look_back_s,
+            "upscale_delay_s": scale.upscale_delay_s,
+            "downscale_delay_s": scale.downscale_delay_s,
+        }
+    }

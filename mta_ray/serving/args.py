@@ -7,7 +7,7 @@ from typing import Literal
 
 from mta_ray.model.engine import EngineConfig
 from mta_ray.personalize.merge_then_adapt import FusionConfig
-from mta_ray.personalize.training import TrainConfig
+from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.serving.database import STORE, DatabaseConfig
 from mta_ray.serving.identity import TENANT_CHARS_MAX, check_name
 from mta_ray.serving.schema import Limits
@@ -15,6 +15,30 @@ from mta_ray.serving.stack_queue import QueueConfig
 from mta_ray.serving.user_store import HistoryLimits
 
 STACK_RANK_MAX = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoscaleConfig:
+    """How replicas come and go with the requests under way, where no serve_configs/*.yaml says it."""
+
+    max_replicas: int = 0
+    """Most replicas; the least are `replicas`. 0: there are always `replicas`."""
+    target_ongoing_requests: float = 24.0
+    """Of a replica, in its batch or waiting: for more than that another replica is started."""
+    look_back_s: float = 30.0
+    """Over which the requests under way are averaged; above 10, for Ray Serve counts them every ten seconds."""
+    upscale_delay_s: float = 10.0
+    """How long there must be too many requests before a replica is started."""
+    downscale_delay_s: float = 300.0
+    """How long there must be too few before one ends; it takes its loaded stacks with it."""
+
+    def __post_init__(self) -> None:
+        if self.max_replicas < 0 or self.target_ongoing_requests <= 0 or self.look_back_s <= 10:
+            raise ValueError(
+                f"max_replicas must be at least 0, target_ongoing_requests above 0, look_back_s above 10; got {self}"
+            )
+        if self.upscale_delay_s < 0 or self.downscale_delay_s < 0:
+            raise ValueError(f"upscale_delay_s and downscale_delay_s must be at least 0, got {self}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +84,8 @@ class ServingArgs:
     """CPUs of each, all of which torch uses."""
     gpus_per_replica: float = 0.0
     """GPUs of each."""
+    autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
+    """Whether there are more replicas while many ask."""
 
     def __post_init__(self) -> None:
         check_name(self.tenant, "tenant", TENANT_CHARS_MAX)
@@ -70,6 +96,10 @@ class ServingArgs:
             raise ValueError(
                 f"cpus_per_replica is {self.cpus_per_replica} and gpus_per_replica {self.gpus_per_replica}, wanted "
                 "more than 0 and at least 0"
+            )
+        if 0 < self.autoscale.max_replicas < self.replicas:
+            raise ValueError(
+                f"autoscale.max_replicas is {self.autoscale.max_replicas}, wanted at least replicas, {self.replicas}"
             )
         if self.stack.rank > STACK_RANK_MAX:
             raise ValueError(f"stack.rank is {self.stack.rank}; a user's own LoRA has rank 1 or 2 (at most 4)")

@@ -77,6 +77,17 @@ class Database:
         statement = insert(table).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
         return connection.execute(statement, rows).rowcount
 
+    def insert_new(
+        self,
+        connection: sa.Connection,
+        table: sa.Table,
+        rows: Sequence[Mapping[str, Any]],
+        returning: Sequence[sa.Column[Any]],
+    ) -> list[sa.Row[Any]]:
+        """Insert many rows but those whose key is there; those columns of the rows that went in."""
+        insert = insert_sqlite if self.is_sqlite else insert_postgresql
+        return list(connection.execute(insert(table).on_conflict_do_nothing().returning(*returning), list(rows)))
+
     def forget_pages(self) -> None:
         """After a deletion: write the log back, so that the file holds nothing of what is gone.
 

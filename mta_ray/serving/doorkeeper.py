@@ -8,8 +8,11 @@ import time
 
 from fastapi import Request
 
-from mta_ray.serving.keys import ApiKey, Bucket, InvalidKey, Keys, full_bucket, take
+from mta_ray.serving.keys import ApiKey, Bucket, InvalidKey, Keys, full_bucket, has_form, take
 from mta_ray.serving.schema import BadRequest, Limits
+
+LOOKED_AT_S = 1.0
+"""The first key is noticed within this time, or at once where it is shown."""
 
 
 class Doorkeeper:
@@ -19,22 +22,26 @@ class Doorkeeper:
         """`local_tenant`: whose requests come from this machine while there are no keys."""
         self._keys, self._limits, self._local_tenant = keys, limits, local_tenant
         self._has_keys = False
+        self._look_again_s = 0.0
         self._buckets: dict[str, Bucket] = {}
 
     async def tenant(self, request: Request) -> str:
         """Whose users the request may name. Raises BadRequest: 401, 403 or 429."""
-        if not self._has_keys:
+        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        secret = secret.strip()
+        if not self._has_keys and (has_form(secret) or time.monotonic() >= self._look_again_s):
             self._has_keys = await asyncio.to_thread(self._keys.are_configured)
+            self._look_again_s = time.monotonic() + LOOKED_AT_S
         if not self._has_keys:
             if not _is_local(request):
                 message = "no API key is configured, so only this machine is served; make one with `mta keys make`"
                 raise BadRequest(message, status=403, code="no_key_configured")
             return self._local_tenant
-        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not secret:
+            message = "no API key was given; send Authorization: Bearer KEY"
+            raise BadRequest(message, status=401, code="no_api_key")
         try:
-            if scheme.lower() != "bearer":
-                raise InvalidKey
-            key = await asyncio.to_thread(self._keys.verify, secret.strip())
+            key = await asyncio.to_thread(self._keys.verify, secret)
         except InvalidKey:
             raise BadRequest("invalid API key", status=401, code="invalid_api_key") from None
         self._spend(key)

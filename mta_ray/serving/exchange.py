@@ -14,6 +14,8 @@ from mta_ray.serving.wording import Turn
 Finish = Literal["stop", "length"]
 RETRY_AFTER_S = 1
 """What a client that found no room is told: a row is free again within about a second."""
+REPLICA_AFTER_S = 15
+"""What a client is told where no replica takes calls: a small model is back by then, on a machine with a free CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,19 @@ class NewHistory:
     task: str
     replaces: bool
     expected_version: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewStack:
+    """An adapter that somebody else trained for a user."""
+
+    user: UserId
+    tensors: bytes
+    """PEFT's adapter_model.safetensors."""
+    alpha: float | None
+    """None: as the stacks that are trained here."""
+    base_fingerprint: str | None
+    """Of the base that it was trained on; none: the client did not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +98,17 @@ class Refused:
     retry_after_s: int | None = None
 
 
+CROWDED = Refused(status=503, message="the user's own replica has no free row; ask another one", code="crowded")
+"""What a replica says to a question that came because the user's stack is here; no client hears it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """The first thing that comes of a write: a replica is at it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """New history is in force."""
+    """What was sent is in force."""
 
     state: UserState

@@ -9,20 +9,26 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
+from dataclasses import replace
+from itertools import count
+from urllib.parse import unquote_to_bytes
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from mta_ray.model.sampling import Sampling
+from mta_ray.serving import openapi
 from mta_ray.serving.answers import (
     END_OF_STREAM,
+    Health,
     Model,
     ModelList,
     StackAccepted,
@@ -37,10 +43,31 @@ from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks, UnknownBank
 from mta_ray.serving.database import open_database
 from mta_ray.serving.doorkeeper import Doorkeeper
-from mta_ray.serving.exchange import RETRY_AFTER_S, Ask, NewHistory, Part, Refused, Started, Stored
+from mta_ray.serving.exchange import (
+    CROWDED,
+    REPLICA_AFTER_S,
+    RETRY_AFTER_S,
+    Ask,
+    NewHistory,
+    NewStack,
+    Part,
+    Refused,
+    Started,
+    Stored,
+    Taken,
+)
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.keys import Keys
-from mta_ray.serving.schema import BadRequest, ChatRequest, CompletionRequest, HistoryRequest, parse, user_id
+from mta_ray.serving.router import home_of
+from mta_ray.serving.schema import (
+    BadRequest,
+    ChatRequest,
+    CompletionRequest,
+    HistoryRequest,
+    alpha_of,
+    parse,
+    user_id,
+)
 from mta_ray.serving.stack_queue import StackQueue
 from mta_ray.serving.user_state import UserState
 from mta_ray.serving.user_store import UnknownUser, UserStore
@@ -48,11 +75,17 @@ from mta_ray.serving.voices import ChatVoice, CompletionVoice, Voice
 from mta_ray.serving.wording import Turn
 
 log = logging.getLogger(__name__)
+NO_REPLICA = (BackPressureError, DeploymentUnavailableError)
+"""What Ray Serve raises when no replica takes a call, and no more calls may wait for one."""
 BANK_HEADER = "x-mta-bank-version"
 READY_TIMEOUT_S = 5.0
 NOTICE_TIMEOUT_S = 5.0
-TRIES = 2
-"""Of a question whose replica died before it was admitted: once more, at another one."""
+TRIES = 3
+"""Of a question whose replica died, or is crowded. No more, for the question may be what they die of."""
+RUSH_S = 3.0
+"""A call that waits longer for a replica waits for one that is not there yet."""
+HOLD_S = 60.0
+"""How long a call is held while no replica takes it; a dead one is replaced in less, unless its model is large."""
 
 
 class Ingress:
@@ -66,22 +99,32 @@ class Ingress:
         self.queue = StackQueue(database, args.queue)
         self._door = Doorkeeper(Keys(database), args.limits, local_tenant=args.tenant)
         self._training: asyncio.Task[None] | None = None
+        self._waits: dict[object, float] = {}  # calls that no replica has taken yet, since when; the oldest first
         self._started_s = int(time.time())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = FastAPI(title="mta_ray", docs_url=None, redoc_url=None)
+        app = FastAPI(
+            title="mta_ray",
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+            generate_unique_id_function=lambda route: route.name,
+        )
         for kind in (BadRequest, HTTPException, UnknownUser, Exception):
             app.add_exception_handler(kind, self._told)
         add = app.add_api_route
-        add("/healthz", self.healthz, methods=["GET"])
-        add("/readyz", self.readyz, methods=["GET"])
-        add("/v1/models", self.models, methods=["GET"])
-        add("/v1/chat/completions", self.chat, methods=["POST"])
-        add("/v1/completions", self.completions, methods=["POST"])
-        add("/v1/users/{user:path}/history", self.put_history, methods=["PUT"])
-        add("/v1/users/{user:path}/stack", self.ask_stack, methods=["POST"])
-        add("/v1/users/{user:path}", self.read_user, methods=["GET"])
-        add("/v1/users/{user:path}", self.delete_user, methods=["DELETE"])
+        add("/healthz", self.healthz, methods=["GET"], **openapi.HEALTHZ)
+        add("/readyz", self.readyz, methods=["GET"], **openapi.READYZ)
+        add("/v1/models", self.models, methods=["GET"], **openapi.MODELS)
+        add("/v1/chat/completions", self.chat, methods=["POST"], **openapi.CHAT)
+        add("/v1/completions", self.completions, methods=["POST"], **openapi.COMPLETIONS)
+        add("/v1/users/{user:path}/history", self.put_history, methods=["PUT"], **openapi.PUT_HISTORY)
+        add("/v1/users/{user:path}/stack", self.ask_stack, methods=["POST"], **openapi.ASK_STACK)
+        add("/v1/users/{user:path}/stack", self.put_stack, methods=["PUT"], **openapi.PUT_STACK)
+        add("/v1/users/{user:path}", self.read_user, methods=["GET"], **openapi.READ_USER)
+        add("/v1/users/{user:path}", self.delete_user, methods=["DELETE"], **openapi.DELETE_USER)
+        told = openapi.whole(app, self.args.model_name)
+        app.openapi = lambda: told  # type: ignore[method-assign]
         return app
 
     async def check_health(self) -> None:
@@ -109,7 +152,7 @@ class Ingress:
 
     # ---- users
 
-    async def put_history(self, user: str, request: Request) -> Response:
+    async def put_history(self, user: openapi.UserInPath, request: Request) -> Response:
         who = await self._who(user, request)
         body = parse(HistoryRequest, await self._door.body(request), self.limits)
         new = NewHistory(
@@ -119,51 +162,59 @@ class Ingress:
             replaces=body.mode == "replace",
             expected_version=body.expected_version,
         )
-        with _busy_is_told():
-            stored: Stored | Refused = await self._at_home(who).put_history.remote(new)
-        if isinstance(stored, Refused):
-            return self._refusal(stored)
-        return await self._view(stored.state)
+        return await self._stored(self._at_home(who).put_history, new)
 
-    async def read_user(self, user: str, request: Request) -> Response:
+    async def read_user(self, user: openapi.UserInPath, request: Request) -> Response:
         who = await self._who(user, request)
         return await self._view(await asyncio.to_thread(self.store.read, who))
 
-    async def delete_user(self, user: str, request: Request) -> Response:
+    async def delete_user(self, user: openapi.UserInPath, request: Request) -> Response:
         who = await self._who(user, request)
         was_anchor = await asyncio.to_thread(self.store.delete, who)
         # A replica that cannot be reached now notices by itself: at its next request, or its next health check.
-        with suppress(TimeoutError, RayActorError, BackPressureError):
+        with suppress(TimeoutError, RayActorError, *NO_REPLICA):
             async with asyncio.timeout(NOTICE_TIMEOUT_S):
                 await self.model.broadcast("forget", who).results_async(return_exceptions=True)
                 if was_anchor:
                     await self.model.reroute.remote(who)
         return await self._json(UserDeleted(id=who.id, was_anchor=was_anchor))
 
-    async def ask_stack(self, user: str, request: Request) -> Response:
+    async def ask_stack(self, user: openapi.UserInPath, request: Request) -> Response:
         who = await self._who(user, request)
         await asyncio.to_thread(self.queue.enqueue, who)
         status = await asyncio.to_thread(self.queue.status, who)
         await self._train_if_asked()
         return await self._json(StackAccepted(id=who.id, status=status), status=202)
 
+    async def put_stack(self, user: openapi.UserInPath, request: Request) -> Response:
+        who = await self._who(user, request)
+        new = NewStack(
+            user=who,
+            tensors=await self._door.body(request),
+            alpha=alpha_of(request.query_params.get("alpha")),
+            base_fingerprint=request.query_params.get("base_fingerprint"),
+        )
+        return await self._stored(self._at_home(who).put_stack, new)
+
     # ---- the machine's
 
     async def healthz(self) -> Response:
-        return Response(b'{"status":"ok"}', media_type="application/json")
+        return Response(to_json(Health(status="ok")), media_type="application/json")
 
     async def readyz(self) -> Response:
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 version = await self.model.bank_version.remote()
-        except (TimeoutError, RayActorError, BackPressureError):
+        except (TimeoutError, RayActorError, *NO_REPLICA):
             return self._refusal(Refused(status=503, message="no replica answers yet", retry_after_s=RETRY_AFTER_S))
-        return Response(b'{"status":"ready"}', media_type="application/json", headers={BANK_HEADER: version})
+        answer = to_json(Health(status="ready"))
+        return Response(answer, media_type="application/json", headers={BANK_HEADER: version})
 
     # ---- questions
 
     async def _who(self, user: str, request: Request) -> UserId:
         tenant = await self._door.tenant(request)
+        _check_escapes(request)
         return UserId(tenant=tenant, id=user_id(user, self.limits))
 
     def _ask(
@@ -186,7 +237,7 @@ class Ingress:
             sampling=Sampling(
                 temperature=1.0 if body.temperature is None else body.temperature,
                 top_p=1.0 if body.top_p is None else body.top_p,
-                seed=body.seed,
+                seed=secrets.randbits(32) if body.seed is None else body.seed,  # so that it can be said again
                 logprobs=body.logprobs_wanted,
             ),
             stops=body.stops,
@@ -213,30 +264,81 @@ class Ingress:
         )
 
     async def _events(self, ask: Ask) -> AsyncGenerator[Started | Part | Refused, None]:
-        """What the replica says. Closed early (the client is gone), the request is cancelled there."""
+        """What the replica says. Closed early (the client is gone), the request is cancelled there.
+
+        Where the replica dies, another one says it again, and goes on where the first one stopped. Should it say
+        anything else (the user has a new stack, say), the answer breaks off: it is never of two models.
+        """
+        told: list[Started | Part | Refused] = []
+        is_crowded = False
         for tries_left in reversed(range(TRIES)):
-            answer = self._at_home(ask.user).options(stream=True).generate.remote(ask)
-            has_begun = is_over = False
+            replica = self._at_home(ask.user) if tries_left and not is_crowded else self.model
+            # by gRPC: as an object in Ray's store each piece would take 1 ms more
+            answer = replica.options(stream=True, _by_reference=False).generate.remote(ask)
+            is_over = False
             try:
-                async for event in answer:
-                    has_begun = True
-                    yield event
-                is_over = True
-                return
+                for number in count():
+                    async with nullcontext() if number else self._waiting():
+                        event = await anext(answer, None)
+                    if event is None:
+                        is_over = True
+                        return
+                    if event == CROWDED:
+                        is_crowded = True
+                        break
+                    if number == len(told):
+                        told.append(event)
+                        yield event
+                    elif not _is_same(event, told[number]):
+                        raise _busy(RETRY_AFTER_S)
             except RayActorError:
                 is_over = True
-                if has_begun or not tries_left:
-                    raise _busy() from None
-            except BackPressureError:
+                if not tries_left:
+                    raise _busy(RETRY_AFTER_S) from None
+            except NO_REPLICA:
                 is_over = True
-                raise _busy() from None
+                raise _busy(self._retry_after_s()) from None
+            except TimeoutError:
+                raise _busy(REPLICA_AFTER_S) from None
             finally:
                 if not is_over:
                     answer.cancel()
 
+    @asynccontextmanager
+    async def _waiting(self) -> AsyncIterator[None]:
+        """A call waits for a replica: not for ever, and so that others can be told how long it has been."""
+        call = object()
+        self._waits[call] = time.monotonic()
+        try:
+            async with asyncio.timeout(HOLD_S):
+                yield
+        finally:
+            del self._waits[call]
+
+    def _retry_after_s(self) -> int:
+        """When a call that found no room may come again: soon in a rush, later where nobody is taken at all."""
+        waited_s = time.monotonic() - next(iter(self._waits.values()), time.monotonic())
+        return RETRY_AFTER_S if waited_s < RUSH_S else REPLICA_AFTER_S
+
+    async def _stored(self, put: DeploymentHandle, new: NewHistory | NewStack) -> Response:
+        told = put.options(stream=True).remote(new)
+        try:
+            async with self._waiting():
+                taken = await anext(told)
+            assert isinstance(taken, Taken)
+            stored: Stored | Refused = await anext(told)
+        except RayActorError:  # it may be stored or not
+            raise _busy(RETRY_AFTER_S) from None
+        except NO_REPLICA:
+            raise _busy(self._retry_after_s()) from None
+        except TimeoutError:  # nobody took it
+            told.cancel()
+            raise _busy(REPLICA_AFTER_S) from None
+        return self._refusal(stored) if isinstance(stored, Refused) else await self._view(stored.state)
+
     def _at_home(self, user: UserId | None) -> DeploymentHandle:
-        """The replica that has the user's stack, or any. The id is a hash: names are no part of Ray's state."""
-        return self.model if user is None else self.model.options(multiplexed_model_id=user.digest.hex()[:32])
+        """The replica that has the user's stack, or any."""
+        return self.model if user is None else self.model.options(multiplexed_model_id=home_of(user))
 
     async def _train_if_asked(self) -> None:
         """See to it that a trainer runs while users wait; Ray Serve starts one for the call, and ends it after."""
@@ -249,7 +351,7 @@ class Ingress:
         try:
             while await asyncio.to_thread(self.queue.waiting):
                 await self.stacker.train.remote()
-        except (RayActorError, BackPressureError) as error:  # its users wait on, until the next health check
+        except (RayActorError, *NO_REPLICA) as error:  # its users wait on, until the next health check
             log.warning("the stacks' trainer is gone: %s", type(error).__name__)
 
     # ---- what goes out
@@ -267,7 +369,7 @@ class Ingress:
                 if state.route is not None:
                     bank = self.banks.get(state.route.bank_version)
                     slots = {a: s for s, a in enumerate(bank.bank.anchors) if s not in bank.retired_slots}
-            return user_view(state, slots=slots, active_bank=active, stack_status=self.queue.status(state.user))
+            return user_view(state, slots=slots, active_bank=active, job=self.queue.status(state.user))
 
         return await self._json(await asyncio.to_thread(build))
 
@@ -279,7 +381,10 @@ class Ingress:
         if isinstance(error, UnknownUser):
             return self._refusal(Refused(status=404, message="no such user", param="user", code="user_not_found"))
         if isinstance(error, HTTPException):
-            return self._refusal(Refused(status=error.status_code, message=str(error.detail)))
+            answer = self._refusal(Refused(status=error.status_code, message=str(error.detail)))
+            if error.status_code == 405:
+                answer.headers["allow"] = _allowed(request)
+            return answer
         return self._refusal(Refused(status=500, message="something went wrong here", code="internal_error"))
 
     def _refusal(self, refused: Refused) -> Response:
@@ -288,19 +393,32 @@ class Ingress:
         return Response(answer.body(), refused.status, media_type="application/json", headers=headers)
 
 
-@contextmanager
-def _busy_is_told() -> Iterator[None]:
-    """No replica took the call, or it died at it: 503, to be sent again. (Ray Serve would tell it in its own words.)"""
+def _check_escapes(request: Request) -> None:
+    """Percent escapes that are no UTF-8 reach us as U+FFFD: one user where the client has several."""
     try:
-        yield
-    except (BackPressureError, RayActorError):
-        raise _busy() from None
+        unquote_to_bytes(request.scope.get("raw_path", b"")).decode()
+    except UnicodeDecodeError:
+        raise BadRequest("user: the percent escapes are no UTF-8", param="user") from None
 
 
-def _busy() -> BadRequest:
+def _allowed(request: Request) -> str:
+    """The methods of a path, which several endpoints may share."""
+    there = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in there if route.path == there[0].path for method in route.methods}))
+
+
+def _busy(retry_after_s: int) -> BadRequest:
+    """503 in our words: Ray Serve would tell it in its own."""
     error = BadRequest("the server is busy; send the request again", status=503, code="busy")
-    error.retry_after_s = RETRY_AFTER_S
+    error.retry_after_s = retry_after_s
     return error
+
+
+def _is_same(one: Started | Part | Refused, other: Started | Part | Refused) -> bool:
+    """Log-probabilities apart: their last digits depend on what else was in the batch."""
+    if isinstance(one, Part) and isinstance(other, Part):
+        return replace(one, told=()) == replace(other, told=())
+    return one == other
 
 
 async def _as_events(

@@ -13,6 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from mta_ray.console import table
 from mta_ray.serving.database import Database, DatabaseConfig, open_database
 from mta_ray.serving.identity import TENANT_CHARS_MAX, check_name
 from mta_ray.serving.tables import keys
@@ -103,6 +104,11 @@ class Keys:
             return connection.execute(sa.select(keys.c.key_id).limit(1)).first() is not None
 
 
+def has_form(text: str) -> bool:
+    """Whether it looks like a key."""
+    return _KEY.fullmatch(text) is not None
+
+
 # ---- limits
 
 
@@ -185,8 +191,7 @@ def list_keys(config: ListKeysConfig) -> str:
         state = "open" if key.revoked_at_s is None else f"revoked {_day(key.revoked_at_s)}"
         made = _day(key.created_at_s)
         rows.append((key.key_id, key.tenant, str(key.requests_per_minute), made, state, key.label))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return table(rows)
 
 
 def revoke_key(config: RevokeKeyConfig) -> str:

@@ -6,10 +6,10 @@ import ipaddress
 import logging
 import os
 import shlex
-import signal
 import socket
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from ray import serve
@@ -28,6 +28,25 @@ log = logging.getLogger(__name__)
 APP_NAME = "mta"
 LOGGING = {"enable_access_log": False}
 """Of Ray Serve: its access log would hold users' names, which stand in paths."""
+SERVE_SETTINGS = {
+    # Ray's workers run at 15: beside other work on the machine a first token comes twice as late.
+    "RAY_worker_niceness": "0",
+    # Fewer threads and processes that wake each other up, 2 ms together: one event loop a process (what we run on it is
+    # short), and gRPC from the proxy to the ingress instead of objects in Ray's store.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    # A header that is no text is no reason for a 500.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mta_ray.serving.front:middlewares",
+    # glibc gives threads heaps of their own, up to 8 for each CPU, and each keeps what it needed at its worst moment:
+    # over many thousands of requests every process seems to grow; two heaps keep two such moments.
+    "MALLOC_ARENA_MAX": "2",
+}
+"""Environment of a cluster that serves, most of it for the time to first token (benchmarks/serve_overhead.py).
+
+Not RAY_SERVE_ENABLE_HA_PROXY, though it saves 5 ms more: with that of Ray 2.60 every third whole answer whose client
+went away was decoded to its end; its admin socket is open to every user of the machine; and it hides who is local.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,19 +92,17 @@ def serve_here(config: ServeConfig) -> str:
         _adopt(config, database, fingerprint)
     if config.port and not _is_free(config.host, config.port):
         raise ValueError(f"port {config.port} of {config.host} is taken; give another --port, or 0 for any")
-    port = config.port or _free_port(config.host)
+    port = config.port or free_port(config.host)
 
     # 2. run
     cluster = config.cluster
     if cluster.cpus is None and cluster.address is None:
-        needed = int(config.replicas * config.cpus_per_replica * 1.5 + 1)
+        replicas = max(config.replicas, config.autoscale.max_replicas)
+        needed = int(replicas * config.cpus_per_replica * 1.5 + 1)
         cluster = replace(cluster, cpus=max(needed, os.cpu_count() or 1))
-    with connect(cluster):
-        _sigterm_as_interrupt()
+    with serving_environment(), connect(cluster):
         try:
-            http = {"host": config.host, "port": port}
-            serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LOGGING)
-            serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config=LOGGING)
+            start(config, config.host, port)
             print(_welcome(config, port, has_keys), flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
@@ -93,6 +110,24 @@ def serve_here(config: ServeConfig) -> str:
         finally:
             serve.delete(APP_NAME)  # no more: on a cluster that was joined, others may be served too
     return "ended"
+
+
+def start(args: ServingArgs, host: str, port: int) -> None:
+    """Serve at that address, on the cluster that is connected; returns when the replicas are ready."""
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=LOGGING)
+    serve.run(build_app(args), name=APP_NAME, route_prefix="/", logging_config=LOGGING)
+
+
+@contextmanager
+def serving_environment() -> Iterator[None]:
+    """What a cluster that is started within the block inherits; a variable that is set already stays as it is."""
+    before = os.environ.copy()
+    os.environ.update(SERVE_SETTINGS | before)
+    try:
+        yield
+    finally:
+        for name in SERVE_SETTINGS.keys() - before.keys():
+            os.environ.pop(name, None)
 
 
 def publish_bank(config: PublishBankConfig) -> str:
@@ -120,14 +155,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _sigterm_as_interrupt() -> None:
-    """A polite kill is Ctrl-C again: Ray has put its own handler in place, which ends the process with a C++ trace."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)
+def free_port(host: str) -> int:
+    """A port of that address where nobody listens yet."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
 
 def _adopt(config: ServeConfig, database: Database, fingerprint: str) -> None:
@@ -172,10 +205,3 @@ def _is_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from ray import serve
 
-from mta_ray.lora.adapter import Adapter, from_bytes
+from mta_ray.lora.adapter import Adapter, from_bytes, peft_from_bytes, to_bytes
 from mta_ray.lora.slots import Route, check_fit
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.engine import Engine, EngineStats, check_values
@@ -28,7 +28,18 @@ from mta_ray.personalize.merge_then_adapt import BANK
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks, PublishedBank
 from mta_ray.serving.database import open_database
-from mta_ray.serving.exchange import RETRY_AFTER_S, Ask, NewHistory, Part, Refused, Started, Stored
+from mta_ray.serving.exchange import (
+    CROWDED,
+    RETRY_AFTER_S,
+    Ask,
+    NewHistory,
+    NewStack,
+    Part,
+    Refused,
+    Started,
+    Stored,
+    Taken,
+)
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.meters import Meters
 from mta_ray.serving.personal import Personal, open_personaliser
@@ -37,7 +48,7 @@ from mta_ray.serving.served_bank import ServedBank, load_served
 from mta_ray.serving.slot_table import NoFreeSlot, SlotTable, StackKey
 from mta_ray.serving.speaker import Speaker
 from mta_ray.serving.stack_queue import StackQueue
-from mta_ray.serving.user_state import UserState
+from mta_ray.serving.user_state import ANY_BANK, UserStack, UserState
 from mta_ray.serving.user_store import Conflict, HistoryTooLong, UnknownUser, UserStore
 from mta_ray.serving.wording import Prompts
 from mta_ray.similarity.embedding import Encoder
@@ -105,8 +116,13 @@ class Replica:
     async def generate(self, ask: Ask) -> AsyncIterator[Started | Part | Refused]:
         """The answer in pieces, or why there is none. Closed early, it leaves the batch before the next step."""
         arrived_s = time.perf_counter()
-        if serve.get_multiplexed_model_id():
-            await self._note_home(serve.get_multiplexed_model_id())
+        home = serve.get_multiplexed_model_id()
+        if home:
+            stats = self._run.engine.stats()
+            if stats.running + stats.waiting >= self.args.engine.max_requests:
+                yield CROWDED
+                return
+            await self._note_home(home)
         try:
             place = await self._admit(ask)
         except BadRequest as error:
@@ -124,14 +140,15 @@ class Replica:
         try:
             yield Started(bank_version=place.bank_version, prompt_tokens=prompt_tokens)
             async for piece in place.ticket:
-                if first_s is None:
-                    first_s = time.perf_counter() - arrived_s
-                    self.meters.observe(place.run.engine.stats())
+                is_first = first_s is None
+                first_s = first_s or time.perf_counter() - arrived_s
                 part = speaker.part(piece)
                 if part is not None:
                     yield part
-                    if part.finish is not None:
-                        break
+                if is_first:
+                    self.meters.observe(place.run.engine.stats())
+                if part is not None and part.finish is not None:
+                    break
         except RequestFailed:  # the engine has logged why
             yield Refused(status=500, message="the model failed at this request", code="model_error")
         finally:
@@ -142,8 +159,9 @@ class Replica:
             self.meters.answered(prompt_tokens=prompt_tokens, tokens=speaker.tokens, first_s=first_s, total_s=total_s)
             self.meters.observe(place.run.engine.stats())
 
-    async def put_history(self, new: NewHistory) -> Stored | Refused:
+    async def put_history(self, new: NewHistory) -> AsyncIterator[Taken | Stored | Refused]:
         """New history, in force with the next request; the route is computed here, so that the answer tells it."""
+        yield Taken()
 
         def write() -> UserState:
             self.personaliser.follow()
@@ -153,11 +171,45 @@ class Replica:
             return self.personaliser.model_of(new.user).state or state
 
         try:
-            return Stored(state=await asyncio.to_thread(write))
+            yield Stored(state=await asyncio.to_thread(write))
         except Conflict as error:
-            return Refused(status=409, message=str(error), code="conflict")
+            yield Refused(status=409, message=str(error), code="conflict")
         except HistoryTooLong as error:
-            return Refused(status=400, message=str(error), param="items", code="history_too_long")
+            yield Refused(status=400, message=str(error), param="items", code="history_too_long")
+
+    async def put_stack(self, new: NewStack) -> AsyncIterator[Taken | Stored | Refused]:
+        """An adapter from elsewhere as the user's stack, if it fits this base and a slot of the shelf."""
+        yield Taken()
+        rank = self.args.stack.rank
+        alpha = self.args.stack.alpha if new.alpha is None else new.alpha
+
+        def write() -> UserState:
+            if new.base_fingerprint not in (None, self._fingerprint):
+                raise ValueError(f"it was trained on another base model than the one served, {self._fingerprint}")
+            adapter = peft_from_bytes(new.tensors, rank=rank, alpha=alpha)
+            check_fit(self.routed.layers, STACKS, adapter)
+            tensors = to_bytes(adapter)
+            check_values(from_bytes(tensors, adapter.scale))  # as they are kept: rounding may make them infinite
+            stack = UserStack(
+                tensors=tensors,
+                kind="lora",
+                rank=rank,
+                scale=adapter.scale,
+                base_fingerprint=self._fingerprint,
+                bank_version=ANY_BANK,
+                history_version=self.store.read(new.user).version,
+            )
+            self.store.put_stack(new.user, stack)
+            return self.store.read(new.user)
+
+        try:
+            yield Stored(state=await asyncio.to_thread(write))
+        except UnknownUser:
+            yield Refused(status=404, message="no such user", param="user", code="user_not_found")
+        except Conflict as error:
+            yield Refused(status=409, message=str(error), code="conflict")
+        except ValueError as error:
+            yield Refused(status=400, message=f"this adapter cannot be used: {error}", code="bad_adapter")
 
     async def forget(self, user: UserId) -> None:
         """The user was deleted: the stack leaves the device, and an anchor the bank's shelf."""
@@ -179,6 +231,10 @@ class Replica:
     async def engine_stats(self) -> EngineStats:
         """How busy this replica is."""
         return self._run.engine.stats()
+
+    async def stacks_in_use(self) -> int:
+        """Slots of stacks that requests under way hold."""
+        return self._run.table.pinned
 
     async def check_health(self) -> None:
         """Called by Ray Serve: what happened to banks, anchors and users is noticed without a request too."""
@@ -255,7 +311,7 @@ class Replica:
         stack = self.store.read_stack(user)
         if stack is None or stack.version != key.version:
             raise Conflict("the stack has changed")
-        if stack.bank_version != served.version or stack.base_fingerprint != self._fingerprint:
+        if stack.bank_version not in (ANY_BANK, served.version) or stack.base_fingerprint != self._fingerprint:
             with suppress(UnknownUser):
                 self.queue.enqueue(user)
             return None

@@ -7,6 +7,7 @@ of another kind (n > 1, tools, JSON mode) are refused. What goes out is `answers
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from mta_ray.serving.identity import ID_CHARS_MAX, check_name
 
 FREE_TEXT = "free_text"
 """The task of users of whom texts are known, and no questions."""
+ALPHA_MAX = 1e4
+"""Of an adapter that a client sends."""
 RequestT = TypeVar("RequestT", bound="Request")
 Info = Any
 """pydantic's ValidationInfo, a protocol that cannot be checked at run time; its `context` are the Limits."""
@@ -71,7 +74,9 @@ class BadRequest(ValueError):
 class Request(BaseModel):
     """A body that is read strictly: "5" is no number and 1 is not true. Unknown fields are ignored."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        strict=True, extra="ignore", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
+    )
 
 
 def parse(kind: type[RequestT], body: bytes, limits: Limits) -> RequestT:
@@ -99,6 +104,19 @@ def user_id(text: str, limits: Limits) -> str:
     return text
 
 
+def alpha_of(text: str | None) -> float | None:
+    """The alpha of an adapter, from a query string; none where it is not said."""
+    if text is None:
+        return None
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not 0 < alpha <= ALPHA_MAX:
+        raise BadRequest(f"alpha must be a number above 0, at most {ALPHA_MAX:g}", param="alpha")
+    return alpha
+
+
 # ---- OpenAI's requests
 
 
@@ -117,7 +135,7 @@ class _Generation(Request):
     top_p: float | None = Field(default=None, gt=0, le=1)
     stop: str | list[str] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stream: bool | None = None
+    stream: bool | None = Field(default=None, examples=[False, True])
     stream_options: StreamOptions | None = None
     n: int | None = None
 
@@ -208,7 +226,7 @@ class ResponseFormat(Request):
 class ChatRequest(_Generation):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, examples=[[{"role": "user", "content": "who are you?"}]])
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -244,7 +262,7 @@ class ChatRequest(_Generation):
 class CompletionRequest(_Generation):
     """POST /v1/completions."""
 
-    prompt: str | list[str]
+    prompt: str | list[str] = Field(examples=["once upon a time"])
     logprobs: int | None = Field(default=None, ge=0, le=5)
     best_of: int | None = Field(default=None, ge=1, le=1)
     echo: bool | None = None
@@ -317,7 +335,7 @@ class HistoryRequest(Request):
     """PUT /v1/users/{id}/history."""
 
     task: str = FREE_TEXT
-    items: list[ItemBody | str]
+    items: list[ItemBody | str] = Field(examples=[["what the user wrote", {"text": "and more", "date": "2024-01-31"}]])
     """A bare text is an item of the task `free_text`."""
     mode: Literal["append", "replace"] = "append"
     expected_version: int | None = Field(default=None, ge=0)

@@ -8,14 +8,12 @@ import numpy as np
 
 from mta_ray.artifacts import open_artifact
 from mta_ray.lora.bank import Bank, load_bank
+from mta_ray.lora.bank_store import version_of
 from mta_ray.lora.slots import Route
 from mta_ray.personalize.merge_then_adapt import FusionConfig, encode, route_users
 from mta_ray.serving.banks import NewBank, PublishedBank
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.user_state import UserRoute, UserState
-
-VERSION_CHARS = 12
-"""Of the artifact's hash: the version of a bank that was not given one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,7 +90,7 @@ def describe(path: str, *, base_fingerprint: str, tenant: str, version: str | No
     bank = load_bank(path, base_fingerprint=base_fingerprint)
     digest = open_artifact(path, kind="bank", verify=False).hash
     return NewBank(
-        version=version or digest[:VERSION_CHARS],
+        version=version or version_of(digest),
         path=path,
         hash=digest,
         base_fingerprint=base_fingerprint,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -48,6 +49,7 @@ class Stacker:
     """One call of `train` trains whoever waits."""
 
     def __init__(self, args: ServingArgs) -> None:
+        os.nice(10)  # answers go first
         torch.set_num_threads(args.threads)
         self.args = args
         database = open_database(args.database)

@@ -6,7 +6,7 @@ Every query names the tenant, but for those that go by anchor: a bank is everybo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +53,19 @@ class Counts:
     """Asked for and not finished, those that failed among them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewUser:
+    """A user as `UserStore.add_users` takes one."""
+
+    user: UserId
+    task: str
+    history: Sequence[HistoryItem]
+    item_sum: ItemSum
+    """Of the whole history."""
+    route: UserRoute | None = None
+    """Its `history_version` is set by the store."""
+
+
 class UserStore:
     """Users by name. Methods are transactions, safe to call from many threads and processes at once."""
 
@@ -91,6 +104,40 @@ class UserStore:
     ) -> UserState:
         """The user with these items alone; route and stack go, for they were made of items that are gone."""
         return self._write_history(user, items, total, task, expected_version, "replace")
+
+    def add_users(self, new: Sequence[NewUser]) -> int:
+        """Many users in one transaction; those who are there already are passed over. How many were added.
+
+        A bulk load that was stopped is simply run again. Raises Conflict, and adds none, where an anchor of a route is
+        out of service, and ValueError for a user who stands there twice.
+        """
+        if not new:
+            return 0
+        new = sorted(new, key=lambda one: one.user)
+        if len({one.user for one in new}) < len(new):
+            raise ValueError("a user stands twice among the new ones")
+        with self.database.writing() as connection:
+            # 1. users first, anchors second, each in order, as in set_routes
+            now_s = self.database.clock()
+            version = next_version(0, now_s)
+            keys = self._anchor_keys(connection, {anchor for one in new if one.route for anchor in one.route.anchors})
+            rows = [_new_row(one, version, now_s, keys) for one in new]
+            for one, row in zip(new, rows, strict=True):
+                if one.item_sum.items != len(one.history):
+                    raise ValueError(f"a sum is of {one.item_sum.items} vectors, its history of {len(one.history)}")
+                self._check_size(row["items"], row["history_bytes"])
+            added = self.database.insert_new(connection, users, rows, (users.c.tenant, users.c.user_id))
+            found = {UserId(tenant=row.tenant, id=row.user_id) for row in added}
+            fresh = [one for one in new if one.user in found]
+            self._hold(connection, keys.values())
+
+            # 2. what belongs to those who were not there
+            lines = [{**_key(one.user), "lines": b"".join(to_lines(one.history))} for one in fresh]
+            cited = [{**_key(o.user), "anchor_key": keys[a]} for o in fresh if o.route for a in o.route.anchors]
+            for table, some in ((histories, lines), (citations, cited)):
+                if some:
+                    connection.execute(sa.insert(table), some)
+        return len(fresh)
 
     def reembed(self, user: UserId, total: ItemSum, *, version: int) -> None:
         """Put another encoder's sum in place of the old one; `version` says of which history."""
@@ -159,13 +206,7 @@ class UserStore:
                     kept.append((user, route))
 
             # 2. no anchor of these is retired before we are done
-            held = sorted({keys[anchor] for _, route in kept for anchor in route.anchors})
-            query = sa.select(anchors.c.anchor_key).where(
-                anchors.c.anchor_key.in_(held), anchors.c.is_retired.is_(False)
-            )
-            in_service = connection.execute(query.order_by(anchors.c.anchor_key).with_for_update(read=True)).scalars()
-            if len(list(in_service)) != len(held):
-                raise Conflict("an anchor of the route was retired; compute the route again")
+            self._hold(connection, (keys[anchor] for _, route in kept for anchor in route.anchors))
 
             # 3. the same, turned round
             for user, route in kept:
@@ -201,7 +242,10 @@ class UserStore:
         are gone: on a history that was replaced since, or that of a deleted user of the same name.
         """
         with self.database.writing() as connection:
-            return put_stack_within(self.database, connection, user, stack)
+            version = put_stack_within(self.database, connection, user, stack)
+            # One that is being trained would take its place: it is not wanted any more.
+            connection.execute(sa.delete(stack_jobs).where(_is(stack_jobs, user)))
+            return version
 
     def read_stack(self, user: UserId) -> UserStack | None:
         """The user's stack with its tensors; none where there is none, or no such user."""
@@ -310,6 +354,14 @@ class UserStore:
             )
         return found
 
+    def _hold(self, connection: sa.Connection, keys: Iterable[int]) -> None:
+        """Keep these anchors in service until the transaction ends; Conflict where one is not."""
+        held = sorted(set(keys))
+        query = sa.select(anchors.c.anchor_key).where(anchors.c.anchor_key.in_(held), anchors.c.is_retired.is_(False))
+        in_service = connection.execute(query.order_by(anchors.c.anchor_key).with_for_update(read=True)).scalars()
+        if len(list(in_service)) != len(held):
+            raise Conflict("an anchor of the route was retired; compute the route again")
+
     def _states(self, rows: Sequence[sa.Row[Any]]) -> list[UserState]:
         keys = [np.frombuffer(row.route_anchors or b"", "<i4").tolist() for row in rows]
         names = self._names.names(key for some in keys for key in some)
@@ -318,7 +370,7 @@ class UserStore:
 
 def put_stack_within(database: Database, connection: sa.Connection, user: UserId, stack: UserStack) -> int:
     """`UserStore.put_stack` within the caller's transaction."""
-    lock = sa.select(users.c.valid_from).where(_is(users, user)).with_for_update(read=True)
+    lock = sa.select(users.c.valid_from).where(_is(users, user)).with_for_update(key_share=True)  # one at a time
     valid_from = connection.execute(lock).scalar()
     if valid_from is None:
         raise UnknownUser("no such user")
@@ -360,6 +412,22 @@ def _key(user: UserId) -> dict[str, str]:
 
 def _is(table: sa.Table, user: UserId) -> sa.ColumnElement[bool]:
     return sa.and_(table.c.tenant == user.tenant, table.c.user_id == user.id)
+
+
+def _new_row(new: NewUser, version: int, now_s: float, keys: dict[UserId, int]) -> dict[str, Any]:
+    lines = to_lines(new.history)
+    return {
+        **_key(new.user),
+        "task": new.task,
+        "version": version,
+        "valid_from": version,
+        "items": len(lines),
+        "history_bytes": sum(map(len, lines)),
+        "history_digest": _digest(b"", lines),
+        **_sum_row(new.item_sum),
+        **(_NO_ROUTE if new.route is None else _route_row(new.route, keys) | {"route_version": version}),
+        **_made(now_s),
+    }
 
 
 def _made(now_s: float) -> dict[str, float]:

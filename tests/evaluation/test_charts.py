@@ -35,7 +35,7 @@ def test_bands_of_few_users_are_joined_but_few_shot_users_never_to_others():
 
 def test_gains_are_dots_on_their_intervals(summary):
     few, rest = gains_chart(summary).axes
-    assert (few.get_title("left"), rest.get_title("left")) == ("few-shot users", "other users")
+    assert (few.get_title("left"), rest.get_title("left")) == ("few-shot users", "the rest")
     assert [label.get_text() for label in few.get_yticklabels()] == ["oppu", "mta", "zebra"]
     drawn = [np.column_stack([line.get_xdata(), line.get_ydata()]).tolist() for line in few.lines]
     assert [[pytest.approx(1 / 2), 1]] in drawn

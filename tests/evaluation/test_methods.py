@@ -19,7 +19,7 @@ from mta_ray.model.backbone import RoutedModel, merge
 from mta_ray.model.generate import answer
 from mta_ray.personalize.base_model import PromptConfig, Wording, tokenised
 from mta_ray.personalize.merge_then_adapt import fused_adapter, stack_users
-from mta_ray.personalize.training import TrainConfig
+from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.adapt_users import UserState
 from mta_ray.population.people import WorldConfig, simulate_user
 

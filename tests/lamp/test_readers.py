@@ -228,7 +228,7 @@ def test_questions_need_their_answers(tmp_path):
         LampFile(path, MOVIE)
     other = write(tmp_path / "elsewhere.json", {"task": "LaMP_2", "golds": [{"id": "9", "output": "action"}]})
     [reject] = LampFile(path, MOVIE, outputs=other)
-    assert reject.reason == "missing field: gold"
+    assert reject.reason == "no answer in the outputs file"
     with pytest.raises(ValueError, match="wanted LaMP's outputs"):
         list(LampFile(path, MOVIE, outputs=write(tmp_path / "else.json", records)))
 
@@ -261,7 +261,8 @@ def test_leaked_items_are_those_that_are_asked_about():
     assert leaked_items(User(id="u", task="tweet_paraphrase", history=tweets, queries=asked)) == 1
 
 
-def test_brackets_without_end_are_told_before_they_take_all_memory(tmp_path):
-    (tmp_path / "deep.json").write_text("[" * 200_000)
-    with pytest.raises(ValueError, match="deep.json is not JSON: lists nested thousands deep"):
+@pytest.mark.parametrize("opening", ["[", '{"a":', '[{"profile": '])
+def test_brackets_without_end_are_told_before_they_take_all_memory(tmp_path, opening):
+    (tmp_path / "deep.json").write_text("[" + opening * 200_000)
+    with pytest.raises(ValueError, match="deep.json is not JSON: values nested thousands deep"):
         LampFile(str(tmp_path / "deep.json"), MOVIE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.engine import Engine, EngineConfig
 from mta_ray.model.requests import EngineClosed, Piece, QueueFull, Request, RequestFailed
 from mta_ray.model.sampling import Sampling
+from mta_ray.serving.slot_table import NoFreeSlot, SlotTable, StackKey
 
 ANCHORS, RANK, STACKS = 5, 4, 6
 
@@ -113,6 +115,64 @@ def test_mixed_equals_alone_equals_peft(world, tmp_path):
         assert got == plain(models[request.owner], request.prompt, request.max_new_tokens)
     same_prompt = [world.request(draw, user=u, prompt=(2000, 2001, 2002), max_new_tokens=8) for u in range(STACKS + 2)]
     assert len({a.tokens for a in world.engine.generate(same_prompt)}) > STACKS // 2, "adapters change the answers"
+
+
+def test_200_users_who_come_and_go_answer_as_alone_and_as_peft(world, tmp_path):
+    """Each with a route, weights, a stack and lengths of its own; stacks move in and out of six slots meanwhile."""
+    draw = random.Random(200)
+    own = adapters(world.routed, 200, 1, seed=9)
+    requests, exported = [], []
+    for user in range(200):
+        k = draw.randint(1, ANCHORS)
+        slots, raw = tuple(draw.sample(range(ANCHORS), k)), [draw.uniform(0.1, 1) for _ in range(k)]
+        route = Route(slots=slots, weights=tuple(weight / sum(raw) for weight in raw))
+        requests.append(world.request(draw, user=0, routes={"bank": route}, owner=str(user)))
+        fused = fuse([world.bank[slot] for slot in slots], route.weights)
+        exported.append(stack(fused, own[user]) if user % 3 else fused)  # every third has no stack
+
+    engine, table = world.engine, SlotTable(STACKS)
+    under_way, answers, waiting, most = {}, {}, list(range(200)), 0
+    while waiting or under_way:
+        while waiting and (draw.random() < 0.4 or not under_way):
+            user = waiting[0]
+            request, slot = requests[user], None
+            if user % 3:
+                try:
+                    seat = table.acquire(StackKey(tenant="t", user=str(user), version=1))
+                except NoFreeSlot:
+                    break
+                slot = seat.slot
+                engine.load("stack", slot, own[user])
+                routes = request.routes | {"stack": Route(slots=(slot,), weights=(1.0,))}
+                request = replace(request, routes=routes)
+            under_way[waiting.pop(0)] = (engine.submit(request), slot)
+            if draw.random() < 0.1:  # somebody who changes their mind
+                engine.submit(world.request(draw)).cancel()
+        engine.step()
+        most = max(most, engine.stats().running)
+        for user in [user for user, (ticket, _) in under_way.items() if ticket.is_over]:
+            ticket, slot = under_way.pop(user)
+            answers[user] = ticket.answer().tokens
+            if slot is not None:
+                table.release(slot)
+    assert most == 4 and table.evictions > 100
+    assert engine.stats().cached_tokens == 0
+
+    peft = None
+    for user, request in enumerate(requests):
+        folder = str(save_peft(exported[user], tmp_path / str(user), base_model="tiny"))
+        if peft is None:
+            peft = PeftModel.from_pretrained(world.tiny_model().model, folder, adapter_name="u0").eval()
+        else:
+            peft.load_adapter(folder, adapter_name=f"u{user}")
+            peft.set_adapter(f"u{user}")
+            peft.delete_adapter(f"u{user - 1}")
+        assert answers[user] == plain(peft, request.prompt, request.max_new_tokens), f"user {user}"
+        routes = request.routes
+        if user % 3:
+            engine.load("stack", 0, own[user])
+            routes = routes | {"stack": Route(slots=(0,), weights=(1.0,))}
+        assert answers[user] == engine.generate([replace(request, routes=routes)])[0].tokens, f"user {user}"
 
 
 def test_logprobs_are_the_models_own(world, tmp_path):

@@ -10,16 +10,9 @@ from peft import LoraConfig, get_peft_model
 from mta_ray.lora.slots import Route, put
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.batches import Tokens, collate, row_losses, tokenise
-from mta_ray.personalize.training import (
-    PACK,
-    Job,
-    TrainConfig,
-    clip_each_slot,
-    prepare_pack,
-    schedule,
-    train_pack,
-    train_whole,
-)
+from mta_ray.personalize.lanes import Job, initial_down
+from mta_ray.personalize.train_config import TrainConfig, schedule
+from mta_ray.personalize.training import train_pack, train_whole
 
 CONFIG = TrainConfig(rank=2, alpha=4.0, learning_rate=1e-2, steps=5, examples_per_step=3, max_grad_norm=0.05)
 TEXTS = ("a robot wakes up", "love in paris at night", "an old war", "two sisters and a dog run home", "space")
@@ -39,7 +32,7 @@ def test_a_pack_equals_each_adapter_alone(tiny_model):
         for module, factors in alone.adapters[0].factors.items():
             torch.testing.assert_close(together.adapters[n].factors[module].up, factors.up, atol=1e-6, rtol=1e-4)
             torch.testing.assert_close(together.adapters[n].factors[module].down, factors.down, atol=1e-6, rtol=1e-4)
-        np.testing.assert_allclose(together.losses[:, n], alone.losses[:, 0], rtol=1e-4)
+        np.testing.assert_allclose(together.losses[n], alone.losses[0], rtol=1e-4)
 
 
 def test_an_adapter_alone_equals_peft_with_torch_adamw(tiny_model):
@@ -49,13 +42,12 @@ def test_an_adapter_alone_equals_peft_with_torch_adamw(tiny_model):
     ours = train_pack(routed, [Job(id="u", examples=[example])], CONFIG).adapters[0]
 
     peft = get_peft_model(tiny_model().model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
-    fresh = RoutedModel(tiny_model())
-    prepare_pack(fresh, 1, CONFIG)  # the same start
+    start = RoutedModel(tiny_model()).layers
     own = []
     for name, parameter in peft.named_parameters():
         if "lora_A" in name:
             module = name.removeprefix("base_model.model.").split(".lora_")[0]
-            parameter.data.copy_(fresh.layers[module].shelves[PACK].down[0])
+            parameter.data.copy_(initial_down(start[module], "u", CONFIG))
         if parameter.requires_grad:
             own.append(parameter)
     optimizer = torch.optim.AdamW(own, weight_decay=CONFIG.weight_decay)
@@ -65,7 +57,7 @@ def test_an_adapter_alone_equals_peft_with_torch_adamw(tiny_model):
     for step in range(CONFIG.steps):
         peft(input_ids=ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(own, CONFIG.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = schedule(step, CONFIG)
+        optimizer.param_groups[0]["lr"] = schedule(step, CONFIG.steps, CONFIG)
         optimizer.step()
         optimizer.zero_grad()
     for name, parameter in peft.named_parameters():
@@ -99,19 +91,10 @@ def test_a_stack_learns_on_top_of_its_frozen_route_and_leaves_it_alone(tiny_mode
     job = _jobs(backbone, 1)[0]
     with_route = train_pack(routed, [Job(id="u", examples=job.examples, background={"bank": route})], thin)
     without = train_pack(routed, [Job(id="u", examples=job.examples)], thin)
-    assert with_route.losses[-1, 0] < with_route.losses[0, 0]
-    assert abs(with_route.losses[0, 0] - without.losses[0, 0]) > 1e-4  # the route was really underneath
+    assert with_route.losses[0][-1] < with_route.losses[0][0]
+    assert abs(with_route.losses[0][0] - without.losses[0][0]) > 1e-4  # the route was really underneath
     for name, layer in routed.layers.items():
         torch.testing.assert_close(layer.shelves["bank"].up, before[name], atol=0, rtol=0)
-
-
-def test_each_slot_is_clipped_alone():
-    gradients = [torch.zeros(2, 1, 2), torch.zeros(2, 1, 2)]
-    gradients[0][0], gradients[1][0] = 3.0, 4.0  # norm √(2·9 + 2·16) = √50
-    gradients[0][1] = 0.1
-    clip_each_slot(gradients, 1.0)
-    assert torch.cat([g[0].flatten() for g in gradients]).norm() == pytest.approx(1.0, abs=1e-5)
-    torch.testing.assert_close(gradients[0][1], torch.full((1, 2), 0.1))
 
 
 def test_whole_training_lowers_the_loss_and_repeats(tiny_model):
@@ -126,7 +109,7 @@ def test_whole_training_lowers_the_loss_and_repeats(tiny_model):
 
 def test_the_schedule_warms_up_and_ends_near_zero():
     config = TrainConfig(steps=10, warmup_fraction=0.2, learning_rate=1.0)
-    rates = [schedule(step, config) for step in range(10)]
+    rates = [schedule(step, 10, config) for step in range(10)]
     assert rates[:2] == [0.5, 1.0]
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert rates[-1] < 0.05

@@ -1,8 +1,11 @@
-"""Stages on a real local Ray: a bank interrupted between its packs goes on and equals the undisturbed one; errors."""
+"""Stages on a real local Ray: a bank interrupted between its adapters goes on and equals the undisturbed one."""
 
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +14,17 @@ import pytest
 import torch
 from peft import PeftModel
 
-from mta_ray.artifacts import open_artifact
+from mta_ray.artifacts import copy_artifact, open_artifact
 from mta_ray.lora.bank import load_bank
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.personalize.base_model import open_base, tokenised
+from mta_ray.personalize.lanes import Job
 from mta_ray.personalize.merge_then_adapt import BANK, stack_users
-from mta_ray.personalize.training import Job, TrainConfig, train_pack
+from mta_ray.personalize.train_config import TrainConfig
+from mta_ray.personalize.training import train_pack
 from mta_ray.pipeline.adapt_users import ActorConfig, AdaptUsersConfig, adapt_users, packs_of, read_states
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
-from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
+from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import GroupConfig
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.split import SplitConfig, split_users
@@ -28,17 +33,7 @@ from mta_ray.population.people import WorldConfig, simulate_user
 from mta_ray.population.synthesize import SimulateUsersConfig, simulate_users
 
 WORLD = WorldConfig(seed=2, queries=2, max_items=15)
-
-
-@pytest.fixture(scope="module")
-def taught(ray_local, tmp_path_factory) -> Path:
-    """A folder with users, embeddings and an untaught base."""
-    home = tmp_path_factory.mktemp("run")
-    simulate_users(SimulateUsersConfig(world=WORLD, users=30, out=str(home / "users")))
-    embed_users(EmbedUsersConfig(users=str(home / "users"), out=str(home / "embeddings"), actors=1))
-    reads = {"users": str(home / "users"), "embeddings": str(home / "embeddings")}
-    train_base(TrainBaseConfig(**reads, mode="none", out=str(home / "base")))
-    return home
+"""Of the fixture `taught`."""
 
 
 def _bank_config(home: Path, out: str) -> BuildBankConfig:
@@ -49,6 +44,7 @@ def _bank_config(home: Path, out: str) -> BuildBankConfig:
         out=str(home / out),
         anchors=2,
         adapters_per_pack=1,
+        checkpoint_every_s=1e-3,
         train=TrainConfig(rank=2, alpha=4.0, steps=2, examples_per_step=2, learning_rate=1e-2),
         group=GroupConfig(cpus_per_worker=1),
     )
@@ -97,21 +93,21 @@ def test_an_interrupted_bank_goes_on_and_equals_the_undisturbed_one(taught, capl
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    # Stopped when all packs are there and the bank is not.
+    # Stopped when all adapters are there and the bank is not.
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("mta_ray.pipeline.build_bank.save_bank", stop)
         build_bank(config)
     assert not (taught / "stopped").exists()
-    packs = sorted((taught / "stopped.packs").iterdir())
-    assert len(packs) == 2
+    found = sorted(path.name for path in (taught / "stopped.adapters").iterdir())
+    assert found == ["00000", "00001", "histories"]  # and no checkpoint of what is finished
 
-    # One pack is damaged since; the rerun trains that one alone.
-    open_artifact(packs[0], kind="pack")  # whole, and readable by itself
-    file = packs[1] / "adapters.safetensors"
+    # One adapter is damaged since; the rerun trains that one alone.
+    open_artifact(taught / "stopped.adapters" / "00000", kind="adapter")  # whole, and readable by itself
+    file = taught / "stopped.adapters" / "00001" / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with caplog.at_level(logging.INFO):
         build_bank(config)
-    assert "1 of 2 packs are there already" in caplog.text
+    assert "1 of 2 adapters are there already" in caplog.text
     one, other = load_bank(whole), load_bank(taught / "stopped")
     assert one.anchor_ids == other.anchor_ids
     for module in one.up:
@@ -125,7 +121,7 @@ def test_what_is_no_bank_is_not_replaced_and_nothing_is_trained_before_that_is_s
     with pytest.raises(ValueError, match="mine"):
         build_bank(_bank_config(taught, "mine"))
     assert (taught / "mine" / "notes.txt").read_text() == "mine"
-    assert not (taught / "mine.packs").exists()
+    assert not (taught / "mine.adapters").exists()
 
 
 def test_artifacts_that_do_not_belong_together_are_refused(taught, tmp_path):
@@ -178,8 +174,9 @@ def test_states_hold_a_route_and_a_stack_for_each_tested_user(taught):
         assert sum(state.route.weights) == pytest.approx(1, abs=1e-5)
         assert state.stack.rank == 1
         assert any(f.up.any() for f in state.stack.factors.values())
-        # 12 modules of 384 × 384, rank 1, 2 bytes a number; 2 anchors at 4 bytes each.
-        assert state.bytes == 12 * 2 * 384 * 2 + 8
+        # 12 modules of 384 × 384, rank 1, 2 bytes a number; 2 anchors at 4 bytes each; names and shapes.
+        factors = 12 * 2 * 384 * 2
+        assert factors + 8 < state.bytes < 1.2 * factors
 
 
 @pytest.mark.parametrize(("users", "sizes"), [(30, [7, 8, 7, 8]), (16, [8, 8]), (1, [1]), (17, [4, 4, 4, 5]), (0, [])])
@@ -224,3 +221,23 @@ def test_tested_users_never_teach_and_the_line_is_the_same_in_any_order():
     assert sum(0 < items[row] <= 10 for row in split.tested) == 20
     turned = split_users(ids[::-1], items[::-1], queries, config)
     assert {ids[r] for r in split.tested} == {ids[::-1][r] for r in turned.tested}
+
+
+def test_users_in_a_store_are_read_where_they_lie(taught, s3, tmp_path):
+    """In a process of its own, whose Ray knows the way to the store; nothing is fetched to the cache."""
+    copy_artifact(str(taught / "users"), f"{s3}/users", kind="users")
+    code = (
+        "import sys; from mta_ray.cluster import ClusterConfig, connect; "
+        "from mta_ray.pipeline.bank.histories import collect_histories, open_histories, read_history\n"
+        "with connect(ClusterConfig(cpus=1)):\n"
+        "    collect_histories(sys.argv[1], sys.argv[3:], sys.argv[2], inputs={})\n"
+        "    try: collect_histories(sys.argv[1], ['nobody'], sys.argv[2] + '-not', inputs={})\n"
+        "    except ValueError as error: print(error, file=sys.stderr)\n"
+        "print([read_history(open_histories(sys.argv[2]), n).id for n in range(2)])"
+    )
+    ids = sorted(user.id for user in read_users(taught / "users"))[5:7]
+    args = [sys.executable, "-c", code, f"{s3}/users", str(tmp_path / "histories"), *ids]
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(ids), done.stderr
+    assert not any(Path(os.environ["MTA_CACHE"]).glob("*"))
+    assert "1 of 1 anchors are not among the users" in done.stderr

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mta_ray.lora.slots import Route, Router, Routing, SlotLinear
-from mta_ray.pipeline.deepspeed_engine import DeepSpeedEngine, slot_norms
+from mta_ray.personalize.engines import SlotState, TorchSlotEngine
+from mta_ray.personalize.slot_adam import slot_norms
+from mta_ray.pipeline.deepspeed_engine import DeepSpeedEngine, DeepSpeedSlotEngine
 
 SLOTS, RANK, HIDDEN, ROWS, STEPS = 3, 8, 4200, 6, 10
 """SLOTS * RANK * HIDDEN > 100,000: below that, stage 3 keeps a parameter whole and would not be tested."""
@@ -22,19 +24,20 @@ LOUD = 0
 MAX_NORM, DECAY = 0.05, 0.1
 RATES = [1e-3 * (1 + step % 3) for step in range(STEPS)]
 
-SETTINGS: list[tuple[int, int, dict[str, bool]]] = [
-    (1, 0, {"per_slot": True}),
-    (1, 2, {"per_slot": True}),
-    (1, 3, {"per_slot": False}),
-    (2, 0, {"per_slot": True}),
-    (2, 1, {"per_slot": True}),
-    (2, 1, {"per_slot": False}),
-    (2, 2, {"per_slot": True, "offload": True}),
-    (2, 2, {"per_slot": False}),
-    (2, 3, {"per_slot": True}),
-    (2, 3, {"per_slot": True, "offload": True}),
+SETTINGS: list[tuple[int, int, bool, bool]] = [
+    (1, 0, True, False),
+    (1, 2, True, False),
+    (1, 3, False, False),
+    (1, 3, True, False),
+    (2, 0, True, False),
+    (2, 1, True, False),
+    (2, 1, False, False),
+    (2, 2, True, True),
+    (2, 2, False, False),
+    (2, 3, True, False),
+    (2, 3, True, True),
 ]
-"""Workers, ZeRO stage and options of the engine."""
+"""Workers, ZeRO stage, whether it is an engine of slots, offload."""
 
 
 class Model(nn.Module):
@@ -79,51 +82,89 @@ def worker(rank: int, workers: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    for number, (wanted_workers, stage, options) in enumerate(SETTINGS):
+    for number, (wanted_workers, stage, is_slots, offload) in enumerate(SETTINGS):
         if wanted_workers == workers:
-            torch.save(train(stage, options), Path(folder) / f"{number}.{rank}.pt")
+            torch.save(train(stage, is_slots, offload), Path(folder) / f"{number}.{rank}.pt")
+            if is_slots:
+                torch.save(come_and_go(stage, offload), Path(folder) / f"{number}.{rank}.slots.pt")
     if workers == 2:
         torch.save(clip(rank), Path(folder) / f"clip.{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def train(stage: int, options: dict[str, bool]) -> list[list[Tensor]]:
+def train(stage: int, is_slots: bool, offload: bool) -> list[list[Tensor]]:
     model = Model()
     packs = []
     engines = []
+    kind = DeepSpeedSlotEngine if is_slots else DeepSpeedEngine
     for seed in (1, 2):  # two packs, one after the other, over the same model
         trainable = model.new_shelf(seed)
-        engine = DeepSpeedEngine(
-            model, trainable, zero_stage=stage, weight_decay=DECAY, max_grad_norm=MAX_NORM, **options
-        )
+        engine = kind(model, trainable, zero_stage=stage, weight_decay=DECAY, max_grad_norm=MAX_NORM, offload=offload)
         for step in range(STEPS):
             engine.backward(loss_of(model, step, range(engine.rank, ROWS, engine.world_size)))
-            engine.step(RATES[step])
+            engine.step({slot: RATES[step] for slot in range(SLOTS)} if is_slots else RATES[step])  # type: ignore
         engine.finish()
         packs.append([parameter.detach().clone() for parameter in trainable])
-        engines.append(weakref.ref(engine._engine))
+        engines.append(weakref.ref(engine.engine))
     gc.collect()
     assert engines[0]() is None, "the first pack's optimiser state is kept for ever"
     return packs
 
 
-def clip(rank: int) -> tuple[Tensor, str]:
-    """The clipped gradient of two slots whose gradients are given, and what is said when one is not finite."""
+def come_and_go(stage: int | None, offload: bool = False) -> list[SlotState]:
+    """Adapters that join, rest, leave and move to another slot while their neighbours go on. No stage: plain torch."""
+    model = Model()
+    trainable = model.new_shelf(3)
+    if stage is None:
+        engine: TorchSlotEngine | DeepSpeedSlotEngine
+        engine = TorchSlotEngine(trainable, weight_decay=DECAY, max_grad_norm=MAX_NORM)
+    else:
+        engine = DeepSpeedSlotEngine(
+            model, trainable, zero_stage=stage, weight_decay=DECAY, max_grad_norm=MAX_NORM, offload=offload
+        )
+
+    def go(steps: range, slots: list[int]) -> None:
+        for step in steps:
+            engine.backward(loss_of(model, step, range(engine.rank, ROWS, engine.world_size)))
+            assert engine.step({slot: 1e-3 * (1 + slot) for slot in slots}) == []
+
+    generator = torch.Generator().manual_seed(9)
+    shapes = [(RANK, 16), (RANK, HIDDEN), (RANK, HIDDEN), (RANK, 16)]
+    newcomer = SlotState.fresh([torch.randn(shape, generator=generator) * 0.05 for shape in shapes])
+    go(range(3), [0, 1, 2])
+    left = engine.read([1])[1]
+    engine.load({1: newcomer})
+    go(range(3, 5), [0, 1])  # slot 2 rests
+    moved = engine.read([0, 2])
+    engine.load({0: left, 2: moved[0]})
+    go(range(5, 7), [0, 1, 2])
+    end = engine.read([0, 1, 2])
+    engine.finish()
+    return [end[slot] for slot in range(SLOTS)]
+
+
+def clip(rank: int) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    """The clipped gradient of two slots whose gradients are given, and what becomes of one that is not finite."""
     from deepspeed.utils import safe_get_full_grad
 
     # Slot 0 has norm 3000 on the first worker and 1000 on the second, slot 1 has 0.06 and 0.02.
     parameter = nn.Parameter(torch.zeros(2, 4))
     gradient = torch.tensor([[3000.0, 0, 0, 0], [0, 0.06, 0, 0]]) / (1 if rank == 0 else 3)
-    engine = DeepSpeedEngine(nn.Module(), [parameter], zero_stage=1, weight_decay=0.0, max_grad_norm=1.0, per_slot=True)
+    engine = DeepSpeedSlotEngine(nn.Module(), [parameter], zero_stage=1, weight_decay=0.0, max_grad_norm=1.0)
+    seen: list[Tensor] = []
+    inner = engine.engine.step
+    engine.engine.step = lambda: (seen.append(safe_get_full_grad(parameter).clone()), inner())
     engine.backward((parameter * gradient).sum())
-    engine._clip_each_slot()
-    clipped = safe_get_full_grad(parameter).clone()
-    engine.step(1e-3)
+    engine.step({0: 1e-3, 1: 1e-3})
 
+    before = parameter.detach().clone()
     engine.backward((parameter * torch.tensor([[1.0], [float("inf") if rank == 1 else 1.0]])).sum())
-    with pytest.raises(FloatingPointError) as error:
-        engine.step(1e-3)
-    return clipped, str(error.value)
+    bad = engine.step({0: 1e-3, 1: 1e-3})
+    after = parameter.detach().clone()
+    engine.backward(parameter.sum())  # goes on as if that had not been
+    assert engine.step({0: 1e-3}) == []
+    assert engine.read([0])[0].steps == 2
+    return seen[0], bad, before, after
 
 
 def train_by_hand(seed: int, *, per_slot: bool) -> list[Tensor]:
@@ -166,9 +207,9 @@ def by_hand() -> dict[bool, list[list[Tensor]]]:
 def test_any_stage_and_workers_give_what_adamw_gives(
     by_hand: dict[bool, list[list[Tensor]]], found: Path, number: int
 ) -> None:
-    workers, _, options = SETTINGS[number]
+    workers, _, is_slots, _ = SETTINGS[number]
     for rank in range(workers):
-        for got, want in zip(torch.load(found / f"{number}.{rank}.pt"), by_hand[options["per_slot"]], strict=True):
+        for got, want in zip(torch.load(found / f"{number}.{rank}.pt"), by_hand[is_slots], strict=True):
             for one, other in zip(got, want, strict=True):
                 assert one.shape == other.shape
                 assert (one - other).norm() < 1e-5 * other.norm()
@@ -180,15 +221,30 @@ def test_clipping_of_slots_and_of_the_pack_differ(by_hand: dict[bool, list[list[
         assert (slots - pack).norm() > 1e-3 * pack.norm()
 
 
+@pytest.mark.parametrize("number", [n for n, (_, _, is_slots, _) in enumerate(SETTINGS) if is_slots])
+def test_adapters_come_and_go_as_in_plain_torch(found: Path, number: int) -> None:
+    wanted = come_and_go(None)
+    assert [state.steps for state in wanted] == [5, 4, 7]
+    for rank in range(SETTINGS[number][0]):
+        states = torch.load(found / f"{number}.{rank}.slots.pt", weights_only=False)
+        for got, want in zip(states, wanted, strict=True):
+            assert got.steps == want.steps
+            for kind in ("values", "first", "second"):
+                for one, other in zip(getattr(got, kind), getattr(want, kind), strict=True):
+                    assert (one - other).norm() <= 1e-5 * other.norm(), kind
+
+
 def test_a_huge_gradient_is_clipped_and_its_neighbour_is_not(found: Path) -> None:
     for rank in (0, 1):
-        clipped, _ = torch.load(found / f"clip.{rank}.pt")
+        clipped = torch.load(found / f"clip.{rank}.pt")[0]
         assert torch.allclose(clipped, torch.tensor([[1.0, 0, 0, 0], [0, 0.08, 0, 0]]), rtol=1e-6)
 
 
-def test_a_gradient_that_is_not_finite_on_one_worker_ends_the_step_on_all(found: Path) -> None:
+def test_a_gradient_that_is_not_finite_on_one_worker_is_known_to_all_and_updates_nothing(found: Path) -> None:
     for rank in (0, 1):
-        assert "adapter 1" in torch.load(found / f"clip.{rank}.pt")[1]
+        _, bad, before, after = torch.load(found / f"clip.{rank}.pt")
+        assert bad == [1]
+        assert before.any() and torch.equal(before, after)
 
 
 def test_norms_are_per_slot_over_all_tensors() -> None:
@@ -196,14 +252,18 @@ def test_norms_are_per_slot_over_all_tensors() -> None:
     assert slot_norms(gradients).tolist() == [5.0, 3.0]
 
 
+KINDS = (DeepSpeedEngine, DeepSpeedSlotEngine)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("stage", "offload", "word"), [(4, False, "wanted one of"), (0, True, "pass zero_stage 1")])
-def test_settings_that_cannot_be_are_refused(stage: int, offload: bool, word: str) -> None:
+def test_settings_that_cannot_be_are_refused(kind: type, stage: int, offload: bool, word: str) -> None:
+    parameters = [nn.Parameter(torch.zeros(2, 4))]
     with pytest.raises(ValueError, match=word):
-        DeepSpeedEngine(
-            nn.Module(), [], zero_stage=stage, weight_decay=0.0, max_grad_norm=1.0, per_slot=True, offload=offload
-        )
+        kind(nn.Module(), parameters, zero_stage=stage, weight_decay=0.0, max_grad_norm=1.0, offload=offload)
 
 
-def test_without_a_process_group_it_says_what_to_do() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_process_group_it_says_what_to_do(kind: type) -> None:
     with pytest.raises(RuntimeError, match="TorchTrainer"):
-        DeepSpeedEngine(nn.Module(), [], zero_stage=1, weight_decay=0.0, max_grad_norm=1.0, per_slot=True)
+        kind(nn.Module(), [nn.Parameter(torch.zeros(2, 4))], zero_stage=1, weight_decay=0.0, max_grad_norm=1.0)

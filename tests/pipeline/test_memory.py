@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import ray
 
 from mta_ray.pipeline.memory import PeakMemory
@@ -11,7 +12,7 @@ def test_a_workers_memory_counts_and_the_peak_stays(ray_local):
     @ray.remote(num_cpus=0)
     class Worker:
         def take(self, mib: int) -> None:
-            self.held = bytearray(b"x" * (mib * 2**20))
+            self.held = np.ones(mib * 2**20, np.uint8)
 
     worker = Worker.remote()
     ray.get(worker.take.remote(0))
@@ -20,9 +21,12 @@ def test_a_workers_memory_counts_and_the_peak_stays(ray_local):
     before = memory.peak_mb
     assert before > 0
 
-    ray.get(worker.take.remote(400))
+    ray.get(worker.take.remote(1000))
     memory.look()
-    assert 350 < memory.peak_mb - before < 900  # while the bytes are made, they are there twice
+    assert 700 < memory.peak_mb - before < 1300  # other workers of the session come and go meanwhile
+
+    assert 1000 < memory.process_peak_mb < 1600  # the worker's, with its libraries
+    assert memory.process_peak_name.startswith("ray::")
 
     peak = memory.peak_mb
     ray.kill(worker)

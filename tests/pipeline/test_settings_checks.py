@@ -6,7 +6,7 @@ import pytest
 
 from mta_ray.personalize.base_model import PromptConfig
 from mta_ray.personalize.merge_then_adapt import FusionConfig
-from mta_ray.personalize.training import TrainConfig
+from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.adapt_users import ActorConfig
 from mta_ray.pipeline.prepare_users import PrepareUsersConfig
 from mta_ray.pipeline.split import SplitConfig

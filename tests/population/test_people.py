@@ -54,6 +54,37 @@ def test_histories_are_long_tailed_and_half_of_the_users_few_shot():
     assert max(lengths) > 4 * np.median(lengths)
 
 
+def test_taste_moves_with_the_weeks_and_the_user_stays_who_they_are():
+    world = WorldConfig(seed=7, moves=0.1, fashion=0.0)
+    later = WorldConfig(seed=7, moves=0.1, fashion=0.0, week=10)
+    now, then = ([simulate_user(w, n) for n in range(400)] for w in (world, later))
+    assert [u.id for u in now] == [u.id for u in then]
+    assert [len(u.history) for u in now] == [len(u.history) for u in then]
+    assert all(a.history != b.history for a, b in zip(now, then, strict=True))
+
+    # Ten weeks at one in ten: (1 - 1/10)^10 of the users never moved; few who did are back.
+    same = np.mean([main_archetype(world, n) == main_archetype(later, n) for n in range(2000)])
+    never = 0.9**10
+    assert never < same < never + (1 - never) / (world.archetypes - 1) + 0.03
+
+    still = WorldConfig(seed=7, moves=0.0, fashion=0.0, week=10)
+    assert all(main_archetype(world, n) == main_archetype(still, n) for n in range(50))
+
+
+def test_fashion_changes_what_an_archetype_likes_little_by_little():
+    """How often the best answer of the same user in one week is the favourite of the first one falls with the weeks."""
+    shares = []
+    for week in (0, 5, 60):
+        world = WorldConfig(seed=8, moves=0.0, fashion=0.05, own_taste=0.0, purity=1.0, answer_noise=0.0, week=week)
+        first = WorldConfig(seed=8, moves=0.0, own_taste=0.0, purity=1.0, answer_noise=0.0)
+        hits = []
+        for n in range(120):
+            favourite = Counter(i.target for i in simulate_user(first, n).history).most_common(1)[0][0]
+            hits += [item.target == favourite for item in simulate_user(world, n).history]
+        shares.append(np.mean(hits))
+    assert shares[0] > shares[1] > shares[2]
+
+
 def test_unknown_tasks_and_shares_are_refused():
     with pytest.raises(ValueError, match="movie_tagging"):
         WorldConfig(task="poetry")

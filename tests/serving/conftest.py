@@ -1,4 +1,7 @@
-"""Real databases: a SQLite file, and a PostgreSQL server of this test run's own, on a socket in a folder of its own."""
+"""What serving's tests stand on: the whole service where one asks for it, and real databases.
+
+Those are a SQLite file, and a PostgreSQL server of this test run's own, on a socket in a folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,24 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import sqlalchemy as sa
 
 from mta_ray.serving.database import Database, DatabaseConfig, open_database
+
+if TYPE_CHECKING:
+    from running import Service
+
+
+@pytest.fixture(scope="module")
+def service(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The whole service, for one file of tests."""
+    from running import serving
+
+    with serving(tmp_path_factory.mktemp("serving")) as service:
+        yield service
 
 
 class Clock:
@@ -91,21 +107,25 @@ def wait_for(url: sa.URL, server: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(log.read_text())
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty database of either kind."""
-    if request.param == "sqlite":
-        yield str(tmp_path / "state" / "users.db")
-        return
-    url: sa.URL = request.getfixturevalue("postgresql_server")
+@pytest.fixture
+def postgresql_url(postgresql_server: sa.URL) -> Iterator[str]:
+    """An empty database of that server."""
     name = f"test_{os.getpid()}_{time.monotonic_ns()}"
-    admin = sa.create_engine(url.set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    admin = sa.create_engine(postgresql_server.set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
         connection.execute(sa.text(f"CREATE DATABASE {name}"))
-    yield url.set(database=name).render_as_string()
+    yield postgresql_server.set(database=name).render_as_string()
     with admin.connect() as connection:
         connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
     admin.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of either kind."""
+    if request.param == "sqlite":
+        return str(tmp_path / "state" / "users.db")
+    return str(request.getfixturevalue("postgresql_url"))
 
 
 @pytest.fixture

@@ -3,193 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import pickle
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote
 
 import httpx
 import numpy as np
-import openai
 import pytest
 import ray
+import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from running import ANCHORS, FILMS, QUESTION, WAIT_S, Service, put, say, until
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mta_ray.artifacts import publish
-from mta_ray.lora.adapter import Adapter, Factors, from_bytes
-from mta_ray.lora.bank import Bank, assemble, save_bank
-from mta_ray.model.backbone import embedded_path, load_backbone, target_modules
-from mta_ray.model.engine import EngineConfig
-from mta_ray.personalize.training import TrainConfig
-from mta_ray.serving.args import ServingArgs
+from mta_ray.benchmarks.marked_users import make_bank
+from mta_ray.lamp.users import HistoryItem
+from mta_ray.lora.adapter import Adapter, from_bytes, peft_from_bytes
+from mta_ray.model.backbone import target_modules
+from mta_ray.personalize.base_model import open_base
 from mta_ray.serving.banks import Banks
 from mta_ray.serving.database import DatabaseConfig, open_database
+from mta_ray.serving.exchange import NewHistory, Stored
 from mta_ray.serving.identity import UserId
-from mta_ray.serving.keys import Keys
-from mta_ray.serving.local import LOGGING, PublishBankConfig, ServeConfig, publish_bank, serve_here
-from mta_ray.serving.schema import Limits
-from mta_ray.serving.user_store import UserStore
+from mta_ray.serving.local import PublishBankConfig, ServeConfig, publish_bank, serve_here
+from mta_ray.serving.router import home_of
 from mta_ray.similarity.embedding import Encoder
 
-ANCHORS = ("anna", "bert", "cleo")
-FILMS = {
-    "ann": ["robots rise in a dark future", "a spaceship lost between the stars"],
-    "bob": ["two lovers meet in Paris", "a wedding nobody wanted"],
-    "cid": ["a heist told backwards"],
-}
-QUESTION = "a lonely robot finds a friend"
 SECRET = "xyzzyplugh"
 """Stands in a prompt and in a history, and may stand in no log."""
-WAIT_S = 240.0
-"""Far more than anything takes on an idle machine."""
-
-
-@dataclass(frozen=True)
-class Service:
-    url: str
-    folder: Path
-    base: Path
-    bank: Bank
-    store: str
-    keys: dict[str, str]
-
-    def http(self, tenant: str = "acme") -> httpx.Client:
-        return httpx.Client(
-            base_url=self.url, headers={"authorization": f"Bearer {self.keys[tenant]}"}, timeout=WAIT_S, trust_env=False
-        )
-
-    def openai(self, tenant: str = "acme", **options) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1",
-            api_key=self.keys[tenant],
-            timeout=WAIT_S,
-            http_client=httpx.Client(trust_env=False),
-            **{"max_retries": 0, **options},
-        )
-
-    def users(self) -> UserStore:
-        return UserStore(open_database(DatabaseConfig(url=self.store)))
-
-
-def make_base(folder: Path) -> Path:
-    """A random two-layer Llama with the embedded tokenizer, as a `base` artifact that was taught nothing."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=30522,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=101,
-        eos_token_id=102,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(embedded_path()).save_pretrained(folder / "model")
-    backbone = load_backbone(str(folder / "model"))
-    with publish(folder / "base", kind="base", settings={}, inputs={}) as draft:
-        draft.facts.update(
-            task="movie_tagging",
-            labels=["sci-fi", "romance"],
-            source=str(folder / "model"),
-            mode="none",
-            dtype="float32",
-            targets="qv",
-            prompts={"style": "short"},
-            fingerprint=backbone.fingerprint,
-            losses=[],
-        )
-    return folder / "base"
-
-
-def make_bank(folder: Path, name: str, model: str, seed: int) -> Bank:
-    """Three random adapters, with embeddings that are three of the encoder's own."""
-    backbone = load_backbone(model)
-    generator = torch.Generator().manual_seed(seed)
-    adapters = []
-    for _ in ANCHORS:
-        factors = {}
-        for module in target_modules(backbone.model, "qv"):
-            layer = backbone.model.get_submodule(module)
-            factors[module] = Factors(
-                down=torch.randn(4, layer.in_features, generator=generator) / 8,
-                up=torch.randn(layer.out_features, 4, generator=generator),
-            )
-        adapters.append(Adapter(factors=factors, scale=2.0))
-    vectors = Encoder().encode(["space and robots", "love and weddings", "crime and mystery"])
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    center = vectors.mean(axis=0)
-    centred = vectors - center
-    bank = assemble(
-        adapters,
-        anchor_ids=ANCHORS,
-        embeddings=centred / np.linalg.norm(centred, axis=1, keepdims=True),
-        center=center,
-        base_fingerprint=backbone.fingerprint,
-        encoder="all-MiniLM-L6-v2",
-    )
-    save_bank(bank, folder / name, settings={"seed": seed}, inputs={})
-    return bank
-
-
-@pytest.fixture(scope="module")
-def service(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    from ray import serve
-
-    from mta_ray.serving.app import build_app
-    from mta_ray.serving.local import _free_port
-
-    folder = tmp_path_factory.mktemp("serving")
-    base = make_base(folder)
-    bank = make_bank(folder, "bank", str(folder / "model"), seed=1)
-    store = str(folder / "users.db")
-    database = open_database(DatabaseConfig(url=store))
-    keys = {tenant: Keys(database).make(tenant, requests_per_minute=100_000) for tenant in ("acme", "other")}
-    keys["slow"] = Keys(database).make("acme", requests_per_minute=2)
-    database.close()
-    args = ServingArgs(
-        base=str(base),
-        bank=str(folder / "bank"),
-        store=store,
-        tenant="acme",
-        engine=EngineConfig(max_requests=4, max_waiting=2, max_tokens=200, max_step_tokens=64),
-        stack=TrainConfig(rank=1, alpha=2.0, learning_rate=0.3, steps=2, examples_per_step=2),
-        stack_slots=6,
-        limits=Limits(body_mib=0.25, default_tokens=12, max_tokens=190),
-    )
-    port = _free_port("127.0.0.1")
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}, logging_config=LOGGING)
-    serve.run(build_app(args), name="mta", logging_config=LOGGING)
-    service = Service(f"http://127.0.0.1:{port}", folder, base, bank, store, keys)
-    with service.http() as http:
-        for user, films in FILMS.items():
-            assert put(http, user, films).status_code == 200
-    yield service
-    serve.shutdown()
-
-
-def put(http: httpx.Client, user: str, films: list[str], **more) -> httpx.Response:
-    items = [{"description": film, "tag": "sci-fi"} for film in films]
-    return http.put(f"/v1/users/{quote(user, safe='')}/history", json={"task": "LaMP-2", "items": items, **more})
-
-
-def say(service: Service, user: str | None, *, tenant: str = "acme", tokens: int = 12, **more) -> str:
-    answer = service.openai(tenant).chat.completions.create(
-        model="mta",
-        messages=[{"role": "user", "content": QUESTION}],
-        temperature=0,
-        max_tokens=tokens,
-        **({"user": user} if user else {}),
-        **more,
-    )
-    return answer.choices[0].message.content
+HISTORY = (HistoryItem(id="1", content="a film", target="sci-fi"),)
 
 
 # ---- what an answer should be, by slow and obvious means
@@ -320,14 +166,78 @@ def test_a_stack_is_trained_behind_the_answer_and_then_used(service: Service) ->
     with service.http() as http:
         before = say(service, "cid")
         assert http.post("/v1/users/no-one/stack").status_code == 404
+        assert http.get("/v1/users/cid").json()["stack_status"] == "none"
         asked = http.post("/v1/users/cid/stack")
         assert (asked.status_code, asked.json()["object"]) == (202, "user.stack")
-        until(lambda: "stack_version" in http.get("/v1/users/cid").json())
+        until(lambda: http.get("/v1/users/cid").json()["stack_status"] == "ready")
         after = say(service, "cid")
     stack = service.users().read_stack(UserId(tenant="acme", id="cid"))
     adapter = from_bytes(stack.tensors, stack.scale)
     assert after == told_by_peft(service, weights_of(service, FILMS["cid"]), stack=adapter) != before
     assert say(service, "ann") == told_by_peft(service, weights_of(service, FILMS["ann"]))  # nobody else changed
+
+
+def test_an_adapter_from_elsewhere_becomes_the_users_stack_or_is_refused(service: Service) -> None:
+    model = AutoModelForCausalLM.from_pretrained(service.folder / "model")
+    draw = torch.Generator().manual_seed(5)
+
+    def peft_file(rank: int = 1, spoil=lambda tensors: None) -> bytes:
+        sides = {}
+        for module in target_modules(model, "qv"):
+            layer = model.get_submodule(module)
+            sides[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=draw)
+            sides[f"base_model.model.{module}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=draw)
+        spoil(sides)
+        return safetensors.torch.save({name: side.bfloat16().contiguous() for name, side in sides.items()})
+
+    def nan(sides: dict[str, torch.Tensor]) -> None:
+        next(iter(sides.values()))[0, 0] = torch.nan
+
+    def huge(sides: dict[str, torch.Tensor]) -> None:
+        next(iter(sides.values()))[0, 0] = 1e30
+
+    def half(sides: dict[str, torch.Tensor]) -> None:
+        sides.popitem()
+
+    def dora(sides: dict[str, torch.Tensor]) -> None:
+        name = next(iter(sides)).replace(".lora_A.weight", ".lora_magnitude_vector")
+        sides[name] = torch.ones(4)
+
+    def odd(kind: str, shape: list[int], size: int) -> bytes:
+        head = json.dumps(
+            {"base_model.model.x.lora_A.weight": {"dtype": kind, "shape": shape, "data_offsets": [0, size]}}
+        )
+        return len(head).to_bytes(8, "little") + head.encode() + bytes(size)
+
+    def narrow(sides: dict[str, torch.Tensor]) -> None:
+        name = next(iter(sides))
+        sides[name] = sides[name][:, :-1]
+
+    good = peft_file()
+    bad = [b"", b"not safetensors", pickle.dumps({"lora": 1}), good[:-1], good[:100]]
+    bad += [peft_file(rank=2), *(peft_file(spoil=spoil) for spoil in (nan, huge, half, narrow, dora, dict.clear))]
+    bad += [odd(kind, [1, 4], 4) for kind in ("F8_E5M2", "F8_E4M3", "F8_E8M0", "I8", "BOOL")]
+    bad += [odd("F4", [1, 4], 2), odd("F32", [0, 2**63], 0), odd("F32", [2**40, 0, 2**40, 2**40], 0)]
+    with service.http() as http:
+        put(http, "eve", FILMS["bob"])
+        before = say(service, "eve")
+        for body in bad:
+            refused = http.put("/v1/users/eve/stack", content=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "bad_adapter"), refused.text
+        for query in ("alpha=0", "alpha=nan", "alpha=x", "alpha=1e9", "base_fingerprint=another"):
+            assert http.put(f"/v1/users/eve/stack?{query}", content=good).status_code == 400, query
+        assert http.put("/v1/users/no-one/stack", content=good).status_code == 404
+        assert http.put("/v1/users/eve/stack", content=bytes(2**19)).status_code == 413
+        assert say(service, "eve") == before and "stack_version" not in http.get("/v1/users/eve").json()
+
+        fingerprint = open_base(service.base).fingerprint
+        view = http.put(f"/v1/users/eve/stack?alpha=3&base_fingerprint={fingerprint}", content=good).json()
+        assert view["stack_version"] and view["stack_bytes"] > 0
+        after = say(service, "eve")
+    stack = peft_from_bytes(good, rank=1, alpha=3.0)
+    assert stack.scale == 3.0
+    assert after == told_by_peft(service, weights_of(service, FILMS["bob"]), stack=stack) != before
+    assert say(service, "bob") == told_by_peft(service, weights_of(service, FILMS["bob"]))  # nobody else changed
 
 
 def test_a_full_queue_is_told_at_once(service: Service) -> None:
@@ -373,6 +283,25 @@ def test_a_client_that_goes_away_takes_its_request_with_it(service: Service) -> 
     assert handle.engine_stats.remote().result().tokens - before < 0.9 * 4 * 190
 
 
+def test_what_was_sent_to_a_replica_is_kept_nowhere_on_the_way(service: Service) -> None:
+    """This process takes the ingress's place: nothing of its calls is left in it, each of another user."""
+    from ray import serve
+
+    model = serve.get_deployment_handle("Model", "mta").options(stream=True)
+    for number in range(5):
+        user = UserId(tenant="acme", id=f"once-{number}")
+        new = NewHistory(user=user, items=HISTORY, task="LaMP-2", replaces=True, expected_version=None)
+        told = list(model.options(multiplexed_model_id=home_of(user)).put_history.remote(new))
+        assert isinstance(told[-1], Stored)
+        del new
+
+    def is_gone() -> bool:
+        gc.collect()
+        return not any(type(one) is NewHistory for one in gc.get_objects())
+
+    until(is_gone, 10)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "param"),
     [
@@ -401,6 +330,7 @@ def test_a_client_that_goes_away_takes_its_request_with_it(service: Service) -> 
         ("PUT", "/v1/users/x/history", {"items": ["x"], "task": "LaMP-99"}, 400, "task"),
         ("GET", "/v1/users/no-one", None, 404, "user"),
         ("GET", "/v1/users/" + "x" * 300, None, 400, "user"),
+        ("GET", "/v1/users/caf%E9", None, 400, "user"),
         ("GET", "/v1/nowhere", None, 404, None),
         ("PATCH", "/v1/models", None, 405, None),
     ],
@@ -419,9 +349,15 @@ def test_wrong_input_is_told_in_openais_shape(
 
 
 def test_keys_open_and_limit(service: Service) -> None:
-    for header in ({}, {"authorization": "Bearer mta_x"}, {"authorization": f"Basic {service.keys['acme']}"}):
+    for header, code in (
+        ({}, "no_api_key"),
+        ({"authorization": f"Basic {service.keys['acme']}"}, "no_api_key"),
+        ({"authorization": "Bearer mta_x"}, "invalid_api_key"),
+    ):
         answer = httpx.get(f"{service.url}/v1/models", headers=header, trust_env=False, timeout=WAIT_S)
-        assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"], error["code"]) == (401, "authentication_error", code)
+        assert ("send Authorization: Bearer KEY" in error["message"]) == (code == "no_api_key")
     with service.http("slow") as http:
         statuses = [http.get("/v1/models") for _ in range(4)]
     assert [answer.status_code for answer in statuses] == [200, 200, 429, 429]
@@ -436,20 +372,23 @@ def test_without_a_key_only_this_machine_is_served(service: Service, tmp_path: P
         serve_here(replace(config, host="0.0.0.0"))
 
 
-def test_a_killed_replica_comes_back_and_one_retry_is_enough(service: Service) -> None:
-    expected = say(service, "ann")
+def test_an_answer_goes_on_where_its_replica_was_killed(service: Service) -> None:
+    client = service.openai()
+    messages = [{"role": "user", "content": QUESTION}]
+    ask = {"model": "mta", "messages": messages, "user": "ann", "max_tokens": 180, "temperature": 1.5, "seed": 1}
+    expected = client.chat.completions.create(**ask).choices[0].message.content
+    stream = client.chat.completions.create(**ask, stream=True)
+    told = next(iter(stream)).choices[0].delta.content or ""
     name = next(n["name"] for n in ray.util.list_named_actors(all_namespaces=True) if "Model" in n["name"])
     ray.kill(ray.get_actor(name, namespace="serve"))
-    client = service.openai(max_retries=1)
-    answer = client.chat.completions.create(
-        model="mta", messages=[{"role": "user", "content": QUESTION}], user="ann", temperature=0, max_tokens=12
-    )
-    assert answer.choices[0].message.content == expected
+    told += "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert told == expected
+    assert client.chat.completions.create(**ask).choices[0].message.content == expected
 
 
 def test_another_bank_is_taken_without_a_failed_request(service: Service) -> None:
     old = Banks(open_database(DatabaseConfig(url=service.store))).state().active_version
-    make_bank(service.folder, "bank-2", str(service.folder / "model"), seed=2)
+    make_bank(service.folder / "bank-2", str(service.folder / "model"), seed=2, anchors=ANCHORS)
     body = {"model": "mta", "user": "ann", "max_tokens": 4, "messages": [{"role": "user", "content": QUESTION}]}
     seen = []
     with service.http() as http:
@@ -522,10 +461,3 @@ def test_no_log_holds_a_key_a_prompt_or_a_history(service: Service) -> None:
             assert SECRET.encode() not in text, file
             assert not any(key.rsplit("_", 1)[1].encode() in text for key in service.keys.values()), file
     assert read > 1000
-
-
-def until(is_so, timeout_s: float = WAIT_S) -> None:  # noqa: ANN001
-    deadline_s = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline_s, "it did not come about"
-        time.sleep(0.2)

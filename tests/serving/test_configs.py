@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve import Deployment
 from ray.serve.schema import ServeDeploySchema
 
 from mta_ray.serving.app import build_app
@@ -42,3 +43,17 @@ def test_a_wrong_argument_is_told_by_its_name() -> None:
         build_app({"stack_slots": 0})
     with pytest.raises(ValueError, match="max_waiting"):
         build_app({"engine": {"max_waiting": -1}})
+
+
+def test_there_are_so_many_replicas_or_as_many_as_requests_ask_for() -> None:
+    def model(args: dict) -> Deployment:
+        return build_app(args)._bound_deployment.init_args[1]._bound_deployment
+
+    fixed = model({"replicas": 3})
+    assert fixed.num_replicas == 3 and fixed._deployment_config.autoscaling_config is None
+    grows = model({"replicas": 2, "autoscale": {"max_replicas": 5, "downscale_delay_s": 7.0}})
+    bounds = grows._deployment_config.autoscaling_config
+    assert (bounds.min_replicas, bounds.max_replicas, bounds.downscale_delay_s) == (2, 5, 7.0)
+    assert grows.max_ongoing_requests == fixed.max_ongoing_requests
+    with pytest.raises(ValueError, match="at least replicas, 2"):
+        build_app({"replicas": 2, "autoscale": {"max_replicas": 1}})

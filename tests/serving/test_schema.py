@@ -6,6 +6,7 @@ import json
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -301,6 +302,9 @@ NO_OBJECT = (
     b"null",
     b"\xff",
     b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b'{"model":"mta","messages":[{"role":"user","content":"hi"}],"a":' + b'[{"b":' * 100_000,
+    b'{"tools":' + b'[{"a":[' * 1000 + b"]}]" * 1000 + b"}",
     b'{"model":"\\ud800"}',
     b'{"a":' + b"9" * 10_000 + b"}",
 )
@@ -460,10 +464,17 @@ def state(route: UserRoute | None) -> UserState:
 def test_a_view_names_no_anchor_of_another_tenant() -> None:
     ours, theirs = UserId(tenant="acme", id="bo"), UserId(tenant="other", id="secret name")
     route = UserRoute(anchors=(theirs, ours), weights=(0.75, 0.25), bank_version="b1", history_version=5)
-    view = answers.user_view(state(route), slots={ours: 0, theirs: 1}, active_bank="b1", stack_status="none")
+    view = answers.user_view(state(route), slots={ours: 0, theirs: 1}, active_bank="b1", job="none")
     assert [(a.slot, a.weight, a.user) for a in view.anchors] == [(1, 0.75, None), (0, 0.25, "bo")]
     assert view.is_route_current and b"secret name" not in answers.to_json(view)
-    old = answers.user_view(state(route), slots={ours: 0}, active_bank="b2", stack_status="waiting")
+    old = answers.user_view(state(route), slots={ours: 0}, active_bank="b2", job="waiting")
     assert not old.is_route_current and len(old.anchors) == 1
-    cold = answers.user_view(state(None), slots={}, active_bank="b1", stack_status="none")
+    cold = answers.user_view(state(None), slots={}, active_bank="b1", job="none")
     assert cold.anchors == [] and cold.bank_version is None and not cold.is_route_current
+
+
+@pytest.mark.parametrize("job", ["none", "waiting", "training", "failed"])
+def test_a_stack_that_is_there_is_ready_until_another_is_asked_for(job: Any) -> None:
+    has_one = replace(state(None), stack_version=3, stack_bytes=9)
+    for kept, status in ((state(None), job), (has_one, "ready" if job == "none" else job)):
+        assert answers.user_view(kept, slots={}, active_bank="b1", job=job).stack_status == status

@@ -8,6 +8,8 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ from mta_ray.lamp.users import HistoryItem
 from mta_ray.serving.banks import Banks, NewBank
 from mta_ray.serving.database import Database, DatabaseConfig, open_database
 from mta_ray.serving.identity import UserId
-from mta_ray.serving.stack_queue import StackQueue
+from mta_ray.serving.stack_queue import LeaseLost, StackQueue
 from mta_ray.serving.tables import citations, metadata, users
 from mta_ray.serving.user_state import ItemSum, UserRoute, UserStack, to_lines
-from mta_ray.serving.user_store import Conflict, HistoryLimits, HistoryTooLong, UnknownUser, UserStore
+from mta_ray.serving.user_store import Conflict, HistoryLimits, HistoryTooLong, NewUser, UnknownUser, UserStore
 
 DIM = 8
 ANA = UserId(tenant="acme", id="ana")
@@ -312,6 +314,60 @@ def test_a_route_through_a_retired_anchor_is_refused_with_its_whole_batch(store:
     assert store.set_routes([]) == 0
 
 
+def test_a_bulk_load_is_adding_one_by_one_and_passes_over_who_is_there(store: UserStore, database: Database) -> None:
+    publish(database)
+    histories = {f"u{n}": items(n % 4 + 1, 10 * n) for n in range(50)}
+    routes = {name: route(0, *anchors()[: n % 4]) for n, name in enumerate(histories) if n % 4}
+    add(store, UserId(tenant="bulk", id="u7"), items(2, 900))  # there before, and untouched
+    new = [
+        NewUser(
+            user=UserId(tenant="bulk", id=name),
+            task="movie_tagging",
+            history=some,
+            item_sum=vectors(some),
+            route=routes.get(name),
+        )
+        for name, some in histories.items()
+    ]
+    with pytest.raises(ValueError, match="twice"):
+        store.add_users([*new[:3], new[1]])
+    assert (store.add_users([]), store.add_users(new[:20]), store.add_users(new)) == (0, 19, 30)
+
+    for name, some in histories.items():
+        one = UserId(tenant="single", id=name)
+        state = add(store, one, some)
+        if name in routes:
+            store.set_route(one, replace(routes[name], history_version=state.version))
+        found = store.read(UserId(tenant="bulk", id=name))
+        if name == "u7":
+            assert (found.items, found.route) == (2, None)
+            continue
+        wanted = store.read(one)
+        assert found.has_route_for("b1") == wanted.has_route_for("b1") == (name in routes)
+        moments = {"user": one, "version": 0, "created_at_s": 0.0, "updated_at_s": 0.0}
+        routed = {"route": found.route and replace(found.route, history_version=wanted.version)}
+        assert repr(replace(found, **moments, **routed)) == repr(replace(wanted, **moments))
+        np.testing.assert_array_equal(found.item_sum.total, wanted.item_sum.total)
+        assert store.read_history(found.user) == store.read_history(one)
+    for anchor in anchors():
+        citing = [state.user for state in store.citing(anchor)]
+        cited = {tenant: {user.id for user in citing if user.tenant == tenant} for tenant in ("bulk", "single")}
+        assert cited["bulk"] == cited["single"] - {"u7"} and cited["bulk"]
+
+
+def test_a_bulk_load_through_a_retired_anchor_adds_nobody(store: UserStore, database: Database) -> None:
+    publish(database)
+    store.delete(anchors()[1])
+    some = items(1)
+    new = [
+        NewUser(user=UserId(tenant="t", id=f"u{n}"), task="x", history=some, item_sum=vectors(some), route=route(0, a))
+        for n, a in enumerate(anchors())
+    ]
+    with pytest.raises(Conflict, match="retired"):
+        store.add_users(new)
+    assert store.counts("t").users == 0
+
+
 def test_routes_and_their_reverse_agree_after_anything(store: UserStore, database: Database) -> None:
     publish(database)
     dice = random.Random(0)
@@ -361,6 +417,27 @@ def test_a_stack_is_kept_byte_for_byte_under_a_version_that_never_repeats(store:
     again = add(store, ANA, items(1)).version
     assert again > version
     assert store.put_stack(ANA, stack(again)) > second
+
+
+def test_a_stack_that_is_sent_ends_the_training_of_another(store: UserStore, database: Database) -> None:
+    version = add(store, ANA, items(2)).version
+    queue = StackQueue(database)
+    queue.enqueue(ANA)
+    (job,) = queue.claim(1)
+    sent = store.put_stack(ANA, stack(version, b"sent"))
+    with pytest.raises(LeaseLost):
+        queue.finish(job, stack(version, b"trained"))
+    found = store.read_stack(ANA)
+    assert (found.tensors, found.version, queue.status(ANA)) == (b"sent", sent, "none")
+
+
+def test_stacks_of_one_user_at_once_are_kept_one_after_the_other(store: UserStore) -> None:
+    version = add(store, ANA, items(2)).version
+    with ThreadPoolExecutor(8) as pool:
+        versions = list(pool.map(lambda n: store.put_stack(ANA, stack(version, bytes([n]))), range(40)))
+    found = store.read_stack(ANA)
+    assert len(set(versions)) == 40
+    assert (found.version, found.tensors) == (max(versions), bytes([versions.index(max(versions))]))
 
 
 def test_a_stack_of_items_that_are_gone_is_refused(store: UserStore, clock: Any) -> None:

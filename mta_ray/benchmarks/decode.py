@@ -1,6 +1,6 @@
 """How fast a batch of different users is decoded, next to the same batch without adapters, PEFT, and merging.
 
-    python -m mta_ray.evaluation.serving_benchmark --json FILE
+    python -m mta_ray.benchmarks.decode --json FILE
 
 Every figure is a ratio of medians of runs that took turns in one process, so that a busy machine slows all alike. Needs
 torch, transformers and peft, and no Ray.
@@ -133,8 +133,8 @@ class _Bench:
         self._peft_base = copy.deepcopy(backbone.model) if config.rivals else None
         self.routed = RoutedModel(backbone)
         draw = random.Random(config.seed)
-        bank = _adapters(self.routed, config.anchors, config.rank, config.seed)
-        own = _adapters(self.routed, config.users, config.stack_rank, config.seed + 1)
+        bank = random_adapters(self.routed, config.anchors, config.rank, config.seed)
+        own = random_adapters(self.routed, config.users, config.stack_rank, config.seed + 1)
         for shelf, filled in (("bank", bank), ("stack", own)):
             self.routed.add_shelf(shelf, slots=len(filled), rank=filled[0].rank, alpha=1.0)
             for slot, adapter in enumerate(filled):
@@ -323,7 +323,7 @@ def _backbone(config: BenchmarkConfig) -> Backbone:
     return Backbone(model.eval(), None, config.base, "random")  # type: ignore[arg-type]
 
 
-def _adapters(routed: RoutedModel, count: int, rank: int, seed: int) -> list[Adapter]:
+def random_adapters(routed: RoutedModel, count: int, rank: int, seed: int) -> list[Adapter]:
     draw = torch.Generator().manual_seed(seed)
     return [
         Adapter(

@@ -1,0 +1,27 @@
+"""Users, embeddings and an untaught base model to train small banks from; nobody looks at what is learnt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users
+from mta_ray.pipeline.train_base import TrainBaseConfig, train_base
+from mta_ray.population.people import WorldConfig
+from mta_ray.population.synthesize import SimulateUsersConfig, simulate_users
+
+USERS_PER_ANCHOR = 8
+"""Enough to choose from."""
+
+
+def make_world(home: Path, *, users: int) -> None:
+    """`users`, `embeddings` and `base` in a folder, by a small cluster of its own or the connected one."""
+    with connect(ClusterConfig(cpus=2)):
+        world = WorldConfig(seed=2, queries=2, max_items=15)
+        simulate_users(SimulateUsersConfig(world=world, users=users, out=str(home / "users")))
+        embed_users(EmbedUsersConfig(users=str(home / "users"), out=str(home / "embeddings"), actors=1))
+        train_base(
+            TrainBaseConfig(
+                users=str(home / "users"), embeddings=str(home / "embeddings"), mode="none", out=str(home / "base")
+            )
+        )

@@ -1,0 +1,315 @@
+"""From one simulated pod to a fleet: how many replicas so many users need, what they wait for, and what it costs.
+
+Replicas share nothing but the user store: one pod is simulated at the load of each of its replicas, and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import i0
+
+from mta_ray.population.capacity.arrivals import CROWD_MAX, TrafficConfig, hit_share, sample_arrivals, zipf_shares
+from mta_ray.population.capacity.service_model import Outcome, PodConfig, saturation_per_s, simulate_pod
+from mta_ray.population.capacity.service_times import ServiceTimes
+
+log = logging.getLogger(__name__)
+DAY_S, MONTH_H = 86_400, 730
+DAY_POINTS = 96
+WARM_SHARE = 0.1
+"""Of a sample's requests, the first: they find an empty pod, and are not counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetConfig:
+    """What there is to serve with."""
+
+    name: str = "one GPU a replica"
+    """For the report."""
+    gpus_per_replica: float = 1.0
+    """As `gpus_per_replica` of the service; 0: replicas on CPUs."""
+    price_per_gpu_hour: float = 2.5
+    """In whatever currency; a planning figure, not a quotation."""
+    price_per_replica_hour: float = 0.1
+    """CPUs and memory of a replica, and its share of proxy and ingress."""
+    min_replicas: int = 2
+    """However few the users are: one may die."""
+    spare_share: float = 0.05
+    """More replicas than the peak needs, for nodes that are dead; at least one."""
+    pod: PodConfig = field(default_factory=PodConfig)
+    """What is simulated."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus_per_replica", "price_per_gpu_hour", "price_per_replica_hour", "spare_share"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 0 and finite")
+        if self.min_replicas < 1:
+            raise ValueError(f"min_replicas must be at least 1, got {self.min_replicas}")
+
+    @property
+    def price_per_hour(self) -> float:
+        """Of one replica."""
+        return self.price_per_gpu_hour * self.gpus_per_replica + self.price_per_replica_hour
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemandConfig:
+    """How much users ask, and how much is kept of each."""
+
+    users: tuple[float, ...] = (1e4, 1e5, 1e6, 1e7, 1e8, 1e9)
+    """For how many users to plan."""
+    requests_per_day: float = 10.0
+    """Of a user, on average."""
+    peak_factor: float = 2.5
+    """The busiest moment of a day over the mean of the day."""
+    bytes_per_user: float = 2_900.0
+    """Of a user with a few history items in the store (benchmarks/store.py)."""
+    bytes_per_stack: float = 21_300.0
+    """More of a user with a stack."""
+    store_copies: int = 2
+    """Of the store: itself and its standby."""
+
+    def __post_init__(self) -> None:
+        if not self.users or min(self.users) < 1 or max(self.users) > 1e10:
+            raise ValueError(f"users are {self.users}, wanted at least one number, each 1 to 10^10")
+        if self.requests_per_day <= 0 or self.peak_factor < 1:
+            raise ValueError(
+                f"requests_per_day is {self.requests_per_day} and peak_factor {self.peak_factor}, "
+                "wanted more than 0 and at least 1"
+            )
+        if min(self.bytes_per_user, self.bytes_per_stack) < 0 or self.store_copies < 1:
+            raise ValueError("bytes_per_user and bytes_per_stack are at least 0, store_copies at least 1")
+
+    @property
+    def peak_per_user_s(self) -> float:
+        """Requests a second of one user at the busiest moment."""
+        return self.requests_per_day / DAY_S * self.peak_factor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetConfig:
+    """What users are promised at the busiest moment."""
+
+    ttft_ms_p99: float = 500.0
+    """To the first token, of all but one request in a hundred."""
+    total_ms_p99: float = 5_000.0
+    """To the last token."""
+    refused_share: float = 0.001
+    """503s."""
+
+    def __post_init__(self) -> None:
+        if self.ttft_ms_p99 <= 0 or self.total_ms_p99 <= 0 or not 0 <= self.refused_share < 1:
+            raise ValueError(f"a target is more than 0 ms, and a share of refused requests 0 to 1; got {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleConfig:
+    """How much is simulated for one figure."""
+
+    requests: int = 1500
+    """For each replica of the pod; the time in which they come depends on the rate."""
+    curve_points: int = 8
+    """Rates of the figure of latency against rate."""
+    precision: float = 0.02
+    """Of the rate that a replica can take."""
+    seed: int = 0
+    """Of arrivals."""
+
+    def __post_init__(self) -> None:
+        if self.requests < 50 or self.curve_points < 2 or not 0 < self.precision < 0.5:
+            raise ValueError("requests is at least 50, curve_points at least 2, precision between 0 and 0.5")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A pod at one rate."""
+
+    per_s: float
+    """Requests a second for each replica."""
+    ttft_ms_p50: float
+    ttft_ms_p99: float
+    total_ms_p50: float
+    total_ms_p99: float
+    refused_share: float
+    engine_busy: float
+    ingress_busy: float
+    rows: float
+    """Decoding rows of a step, on average."""
+    stack_hits: float | None
+    """Share of the requests with a stack that find it on the device; none: no such request."""
+
+    def misses(self, target: TargetConfig) -> list[str]:
+        """What of the target does not hold."""
+        return [
+            name
+            for name in ("ttft_ms_p99", "total_ms_p99", "refused_share")
+            if getattr(self, name) > getattr(target, name)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The answer for one number of users."""
+
+    users: float
+    peak_per_s: float
+    replicas: int
+    """With the spare ones."""
+    gpus: int
+    at_peak: Point
+    """With the spare replicas dead."""
+    cost_per_month: float
+    """All replicas all the time."""
+    cost_per_month_scaled: float
+    """Replicas follow the day's curve."""
+    cost_per_1000_users: float
+    """A month, as `cost_per_month`."""
+    store_bytes: float
+
+
+class Planner:
+    """Simulates a pod where that is needed, and remembers it."""
+
+    def __init__(
+        self,
+        fleet: FleetConfig,
+        times: ServiceTimes,
+        traffic: TrafficConfig,
+        demand: DemandConfig,
+        target: TargetConfig,
+        sample: SampleConfig | None = None,
+    ) -> None:
+        self.fleet, self.times, self.traffic, self.demand = fleet, times, traffic, demand
+        self.target, self.sample = target, sample or SampleConfig()
+        self._known: dict[float, Point] = {}
+
+    def at(self, per_s: float) -> Point:
+        """A pod whose replicas get that many requests a second each."""
+        if per_s not in self._known:
+            pod = self.fleet.pod
+            arrivals = sample_arrivals(
+                self.traffic,
+                per_s=per_s * pod.replicas,
+                requests=self.sample.requests * pod.replicas,
+                users=max(1, round(per_s * pod.replicas / self.demand.peak_per_user_s)),
+                seed=self.sample.seed,
+            )
+            run = simulate_pod(arrivals, pod, self.times, seed=self.sample.seed)
+            begin_s = arrivals[int(len(arrivals) * WARM_SHARE)].at_s
+            counted = [outcome for outcome in run.outcomes if outcome.arrival.at_s >= begin_s]
+            rows = run.rows / run.steps if run.steps else 0.0
+            self._known[per_s] = _point(per_s, counted, run.busy["engine"], run.busy["ingress"], rows)
+            log.info("%.3g requests/s a replica: total p99 %.0f ms", per_s, self._known[per_s].total_ms_p99)
+        return self._known[per_s]
+
+    def limit_per_s(self) -> float:
+        """The most that a replica can take while the target holds. ValueError where it never holds."""
+        can_per_s = saturation_per_s(self.fleet.pod, self.times, self.traffic) / self.fleet.pod.replicas
+        return largest(
+            lambda per_s: not self.at(per_s).misses(self.target),
+            can_per_s / 50,
+            1.2 * can_per_s,
+            self.sample.precision,
+            lambda per_s: (
+                f"even at {per_s:.3g} requests/s a replica {' and '.join(self._missed(per_s))}; "
+                "relax the target, or take faster replicas"
+            ),
+        )
+
+    def curve(self, limit_per_s: float) -> list[Point]:
+        """Points from little load to more than the limit."""
+        for share in np.linspace(0.1, 1.25, self.sample.curve_points):
+            self.at(float(share * limit_per_s))
+        return sorted(self._known.values(), key=lambda point: point.per_s)
+
+    def plan(self, users: float, limit_per_s: float) -> Plan:
+        """Replicas, latency and cost for so many users."""
+        fleet, demand = self.fleet, self.demand
+        peak_per_s = users * demand.peak_per_user_s
+        needed = max(1, math.ceil(peak_per_s / limit_per_s))
+        replicas = self._with_spare(needed)
+        per_s = peak_per_s / needed
+        per_s = limit_per_s if per_s > limit_per_s * (1 - self.sample.precision) else per_s
+        day = [
+            self._with_spare(math.ceil(peak_per_s * share / limit_per_s)) for share in day_shares(demand.peak_factor)
+        ]
+        month = replicas * fleet.price_per_hour * MONTH_H
+        return Plan(
+            users=users,
+            peak_per_s=peak_per_s,
+            replicas=replicas,
+            gpus=math.ceil(replicas * fleet.gpus_per_replica),
+            at_peak=self.at(per_s),
+            cost_per_month=month,
+            cost_per_month_scaled=float(np.mean(day)) * fleet.price_per_hour * MONTH_H,
+            cost_per_1000_users=month / users * 1000,
+            store_bytes=users
+            * (demand.bytes_per_user + self.traffic.stack_share * demand.bytes_per_stack)
+            * demand.store_copies,
+        )
+
+    def expected_hits(self, per_s: float) -> float:
+        """Stack hits of a replica by Che's approximation, to set against the simulated ones."""
+        users = per_s / self.demand.peak_per_user_s * self.traffic.stack_share
+        return hit_share(
+            zipf_shares(self.traffic.zipf, max(1, min(round(users), CROWD_MAX))), self.fleet.pod.stack_slots
+        )
+
+    def _with_spare(self, needed: int) -> int:
+        spare = max(1, math.ceil(needed * self.fleet.spare_share))
+        return max(self.fleet.min_replicas, needed + spare)
+
+    def _missed(self, per_s: float) -> list[str]:
+        point = self.at(per_s)
+        return [
+            f"{name} is {getattr(point, name):.3g}, wanted {getattr(self.target, name):.3g}"
+            for name in point.misses(self.target)
+        ]
+
+
+def largest(
+    holds: Callable[[float], bool], low: float, high: float, precision: float, why: Callable[[float], str]
+) -> float:
+    """The largest value of a range at which something holds that stops holding once, by bisection."""
+    if not holds(low):
+        raise ValueError(why(low))
+    if holds(high):
+        return high
+    while high - low > precision * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def day_shares(peak_factor: float) -> np.ndarray:
+    """Load over a day as shares of its peak: a bell on a circle whose top is `peak_factor` times its mean."""
+    if peak_factor == 1:
+        return np.ones(DAY_POINTS)
+    sharpness = brentq(lambda k: np.exp(k) / i0(k) - peak_factor, 1e-9, 700)
+    hours = np.linspace(0, 2 * np.pi, DAY_POINTS, endpoint=False)
+    return np.exp(sharpness * (np.cos(hours) - 1))
+
+
+def _point(per_s: float, outcomes: list[Outcome], engine_busy: float, ingress_busy: float, rows: float) -> Point:
+    answered = [outcome for outcome in outcomes if outcome.status == 200]
+    clocks: dict[str, Any] = {}
+    for clock in ("ttft_ms", "total_ms"):
+        for p in (50, 99):
+            values = [getattr(outcome, clock) for outcome in answered]
+            clocks[f"{clock}_p{p}"] = float(np.percentile(values, p)) if values else 0.0
+    stacked = [outcome for outcome in answered if outcome.arrival.has_stack]
+    return Point(
+        per_s=per_s,
+        **clocks,
+        refused_share=1 - len(answered) / len(outcomes),
+        engine_busy=engine_busy,
+        ingress_busy=ingress_busy,
+        rows=rows,
+        stack_hits=1 - float(np.mean([outcome.is_miss for outcome in stacked])) if stacked else None,
+    )

@@ -1,0 +1,189 @@
+"""How long the parts of the service take, as measured: what the simulation of a pod works with, and its JSON file.
+
+A step of the engine is fitted by least squares; the other parts are CPU times of processes. Pure numbers, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from scipy.optimize import nnls
+
+from mta_ray.settings import settings_of
+
+T = TypeVar("T")
+
+
+def no_type_check(part: T) -> T:
+    """What is called millions of times: the test run, which goes by this name, does not check its arguments.
+
+    (typing's own would make mypy look away too.)
+    """
+    return part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """A step of the engine: fixed + row · decoding rows + prompt · prompts in it + prompt token · their tokens."""
+
+    fixed_ms: float = 5.0
+    """Of every step."""
+    row_ms: float = 0.1
+    """For each row that decodes."""
+    prompt_ms: float = 0.0
+    """For each prompt that is read, or part of one."""
+    prompt_token_ms: float = 0.02
+    """For each token of them."""
+    python_share: float = 1.0
+    """Share of a step during which the other Python threads of the replica wait (they share one interpreter)."""
+
+    def __post_init__(self) -> None:
+        _check_times(self)
+        if self.python_share > 1:
+            raise ValueError(f"python_share is {self.python_share}, wanted 0 to 1")
+
+    @no_type_check
+    def of(self, rows: int, prompts: int, prompt_tokens: int) -> float:
+        """Milliseconds of one step."""
+        return self.fixed_ms + self.row_ms * rows + self.prompt_ms * prompts + self.prompt_token_ms * prompt_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessTime:
+    """CPU time that one process of the service spends on requests, beside the engine's steps.
+
+    A busy process does its work with fewer wake-ups: each costs something where a thread had nothing to do before.
+    """
+
+    request_ms: float = 0.0
+    """Its event loop, for each request."""
+    token_ms: float = 0.0
+    """Its event loop, for each piece of an answer that passes."""
+    native_request_ms: float = 0.0
+    """Its other threads (Ray's own, which do not hold the interpreter), for each request."""
+    native_token_ms: float = 0.0
+    """The same for each piece."""
+    wake_ms: float = 0.0
+    """More for a request or a piece that finds the event loop idle."""
+    native_wake_ms: float = 0.0
+    """The same of the other threads."""
+
+    def __post_init__(self) -> None:
+        _check_times(self)
+
+    def total_ms(self, tokens: float) -> float:
+        """For a request with that many pieces."""
+        return self.request_ms + self.native_request_ms + tokens * (self.token_ms + self.native_token_ms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceTimes:
+    """All parts. The defaults are placeholders; measure, or give a file that `--measure` has written."""
+
+    step: StepTime = field(default_factory=StepTime)
+    """The engine."""
+    proxy: ProcessTime = field(default_factory=ProcessTime)
+    """Ray Serve's HTTP proxy."""
+    ingress: ProcessTime = field(default_factory=ProcessTime)
+    """Our ingress."""
+    replica: ProcessTime = field(default_factory=ProcessTime)
+    """The replica's process without its engine: personalisation, tokenisation, pieces handed on."""
+    client: ProcessTime = field(default_factory=ProcessTime)
+    """Whoever asks, where that is a process of the same machine; else zero."""
+    away_ms: float = 0.0
+    """Of each request, in which none of these works: the network, threads that wake up."""
+    pause_ms: float = 0.0
+    """Of each step, in which the engine waits for the interpreter and nobody works."""
+    after_share: float = 0.0
+    """Share of each `request_ms` that comes after the answer's last piece."""
+    stack_load_ms: float = 1.0
+    """A stack from the store into its slot, at a miss."""
+    source: str = "placeholder"
+    """On what it was measured."""
+
+    def __post_init__(self) -> None:
+        for name in ("away_ms", "pause_ms", "stack_load_ms"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 0 and finite")
+        if not 0 <= self.after_share <= 1:
+            raise ValueError(f"after_share is {self.after_share}, wanted 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSample:
+    """One step as it was measured."""
+
+    rows: int
+    prompts: int
+    prompt_tokens: int
+    ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFit:
+    """Coefficients, and how far they are from what was measured."""
+
+    step: StepTime
+    samples: int
+    r2: float
+    """Share of the variance of step times that the line explains."""
+    error_p50: float
+    """Median of |fitted - measured| over measured."""
+    error_p95: float
+    """95th percentile of the same."""
+
+
+def fit_step(samples: Sequence[StepSample], *, python_share: float = 1.0) -> StepFit:
+    """Least squares with coefficients of at least zero; a step counts by its relative error, long or short."""
+    if len(samples) < 8:
+        raise ValueError(f"{len(samples)} measured steps are too few to fit four coefficients; measure at least 8")
+    x = np.array([(1, s.rows, s.prompts, s.prompt_tokens) for s in samples], dtype=float)
+    y = np.array([s.ms for s in samples])
+    if not (np.isfinite(y).all() and (y > 0).all()):
+        raise ValueError("a measured step took no time, or no finite one; measure again")
+    fitted, _ = nnls(x / y[:, None], np.ones(len(y)))
+    error = np.abs(x @ fitted - y) / y
+    spread = float(((y - y.mean()) ** 2).sum())
+    return StepFit(
+        step=StepTime(
+            fixed_ms=float(fitted[0]),
+            row_ms=float(fitted[1]),
+            prompt_ms=float(fitted[2]),
+            prompt_token_ms=float(fitted[3]),
+            python_share=python_share,
+        ),
+        samples=len(samples),
+        r2=1 - float(((x @ fitted - y) ** 2).sum()) / spread if spread else 1.0,
+        error_p50=float(np.percentile(error, 50)),
+        error_p95=float(np.percentile(error, 95)),
+    )
+
+
+def write_times(path: str | Path, times: ServiceTimes, facts: dict[str, Any]) -> None:
+    """The file that `--service-times` takes; `facts` say how they were measured, and are not read again."""
+    Path(path).write_text(json.dumps({"times": asdict(times), "facts": facts}, indent=2, allow_nan=False) + "\n")
+
+
+def read_times(path: str | Path) -> ServiceTimes:
+    """The times of such a file."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        times = raw["times"]
+    except FileNotFoundError:
+        raise ValueError(f"no service times at {path}; write them with --measure, or correct the path") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no service times ({error!r}); write them with --measure") from error
+    return settings_of(ServiceTimes, times, source=str(path))
+
+
+def _check_times(times: StepTime | ProcessTime) -> None:
+    for entry in fields(times):
+        value = getattr(times, entry.name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{entry.name} is {value}, wanted at least 0 and finite")

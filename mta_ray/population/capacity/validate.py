@@ -1,0 +1,265 @@
+"""Does the simulation tell the truth? A live service under three loads, against what was predicted of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from ray import serve
+
+from mta_ray.benchmarks.marked_users import TASTES, make_bank, make_base, random_adapter, stack_of, tiny_llama
+from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.model.backbone import EMBEDDED
+from mta_ray.model.engine import EngineConfig
+from mta_ray.personalize.base_model import open_base
+from mta_ray.population.capacity.arrivals import Arrival, TrafficConfig, poisson_arrivals
+from mta_ray.population.capacity.live_times import OTHERS_MAX, CalibrationConfig, Meter, ask, calibrate
+from mta_ray.population.capacity.measure_engine import MeasureConfig, measure_engine
+from mta_ray.population.capacity.service_model import Outcome, PodConfig, saturation_per_s, simulate_pod
+from mta_ray.population.capacity.service_times import ServiceTimes
+from mta_ray.serving.args import ServingArgs
+from mta_ray.serving.database import open_database
+from mta_ray.serving.identity import UserId
+from mta_ray.serving.local import free_port, serving_environment, start
+from mta_ray.serving.user_store import UserStore
+
+log = logging.getLogger(__name__)
+PERCENTILES = (50, 99)
+CLOCKS = ("ttft_ms", "total_ms")
+TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidateConfig:
+    """A small service on this machine, and its loads."""
+
+    base: str = "tiny"
+    """`tiny` (two random layers) or `default` (the embedded base model)."""
+    loads: tuple[float, ...] = (0.3, 0.6, 0.8)
+    """Shares of what the simulation says the service can do."""
+    seconds: float = 45.0
+    """Of each load."""
+    users: int = 24
+    """Who ask; a share of them has a stack."""
+    max_requests: int = 16
+    """Rows of the engine, and slots of stacks."""
+    max_waiting: int = 32
+    """Requests that wait for a row."""
+    prompt_words: int = 16
+    """Of every prompt."""
+    answer_tokens_max: int = 64
+    """Longer answers are cut to this."""
+    disturbed_cpus: float = 0.3
+    """A load beside which other programs took more CPUs than this is tried again."""
+    tries: int = 3
+    """Of each load; the least disturbed one counts."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """How one request at a time is measured."""
+    seed: int = 0
+    """Of arrivals."""
+
+    def __post_init__(self) -> None:
+        if self.base not in ("tiny", "default"):
+            raise ValueError(f"base is {self.base!r}; the service that is validated is of `tiny` or `default`")
+        if not self.loads or min(self.loads) <= 0:
+            raise ValueError(f"loads are {self.loads}, wanted at least one, each more than 0")
+        if self.tries < 1 or self.disturbed_cpus < 0:
+            raise ValueError(f"tries is {self.tries} and disturbed_cpus {self.disturbed_cpus}, wanted ≥ 1 and ≥ 0")
+        if self.seconds < 5 or min(self.users, self.max_requests, self.prompt_words, self.answer_tokens_max) < 1:
+            raise ValueError("seconds is at least 5; users, max_requests, prompt_words, answer_tokens_max at least 1")
+
+
+def validate_live(config: ValidateConfig, traffic: TrafficConfig) -> tuple[ServiceTimes, dict[str, Any]]:
+    """Measure, calibrate, predict, then load the service and compare; the times, and the comparison."""
+    # 1. the engine by itself, while nothing else runs
+    engine = measure_engine(
+        config.base, MeasureConfig(max_requests=config.max_requests, stack_slots=config.max_requests)
+    )
+    pod = PodConfig(
+        replicas=1,
+        max_requests=config.max_requests,
+        max_waiting=config.max_waiting,
+        stack_slots=config.max_requests,
+        cores=os.cpu_count(),
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="mta-validate-") as name,
+        serving_environment(),
+        connect(ClusterConfig(cpus=3)),
+    ):
+        try:
+            # 2. a service, and one request at a time
+            url, users = _serve(config, traffic, Path(name))
+            body = {
+                "model": "mta",
+                "prompt": " ".join(["robot"] * config.prompt_words),
+                "temperature": 0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+            times, facts = calibrate(
+                url, body, users, engine.fit.step, pod, config.calibration, stack_load_ms=engine.stack_load_ms
+            )
+
+            # 3. loads that were not looked at before
+            can_per_s = saturation_per_s(pod, times, replace(traffic, prompt_tokens=float(facts["prompt_tokens"])))
+            meter, loads = Meter(), []
+            for number, share in enumerate(config.loads):
+                drawn = _arrivals(config, traffic, share * can_per_s, facts["prompt_tokens"], config.seed + number)
+                others, told = _least_disturbed(config, meter, url, [_request(body, users, a) for a in drawn])
+                # As the arrivals, what else the machine did is not the service's doing: the prediction is told it.
+                others = min(others, OTHERS_MAX * (pod.cores or 1))
+                predicted = simulate_pod(drawn, replace(pod, others=others), times).outcomes
+                loads.append(
+                    {"share": share, "per_s": share * can_per_s, "others_cpus": others}
+                    | compare(predicted, told["requests"])
+                )
+                log.info("load %.0f%% compared", share * 100)
+        finally:
+            serve.shutdown()
+    return times, {
+        "can_per_s": can_per_s,
+        "loads": loads,
+        "calibration": facts,
+        "engine": {"fit": asdict(engine.fit), "samples": [asdict(sample) for sample in engine.samples]},
+        "stack_bytes": engine.stack_bytes,
+        "bank_bytes": engine.bank_bytes,
+        "cpus": os.cpu_count(),
+        "config": asdict(config),
+    }
+
+
+def validate_run(
+    requests: str | Path, pod: PodConfig, times: ServiceTimes, *, prompt_tokens: int, stack_share: float = 0.0
+) -> list[dict[str, Any]]:
+    """The answers of a finished `mta simulate load` (its requests.parquet), replayed: one comparison for each phase."""
+    columns = ["at_s", "phase", "kind", "status", "ttft_ms", "total_ms", "tokens", "is_stream", "retried"]
+    table = pq.read_table(requests)
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{requests} lacks the columns {', '.join(missing)}; is it of `mta simulate load`?")
+    rows = [row for row in table.select(columns).to_pylist() if row["tokens"] or row["status"] == 503]
+    if not rows:
+        raise ValueError(f"{requests} holds no answered question")
+    rows.sort(key=lambda row: row["at_s"])
+    rng = np.random.default_rng(0)
+    arrivals = [
+        Arrival(row["at_s"], n, prompt_tokens, max(1, row["tokens"]), row["is_stream"], rng.random() < stack_share)
+        for n, row in enumerate(rows)
+    ]
+    ended = {outcome.arrival.user: outcome for outcome in simulate_pod(arrivals, pod, times).outcomes}
+    told = []
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        at = [n for n, row in enumerate(rows) if row["phase"] == phase and not row["retried"]]
+        if at:
+            told.append({"phase": phase} | compare([ended[n] for n in at], [rows[n] for n in at]))
+    return told
+
+
+def compare(predicted: Sequence[Outcome], measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Percentiles of both, and predicted over measured; refused requests are counted apart."""
+    said = [outcome for outcome in predicted if outcome.status == 200]
+    heard = [answer for answer in measured if answer["status"] == 200]
+    clocks: dict[str, Any] = {}
+    for clock in CLOCKS:
+        for p in PERCENTILES:
+            one = float(np.percentile([getattr(o, clock) for o in said], p)) if said else 0.0
+            other = float(np.percentile([answer[clock] for answer in heard], p)) if heard else 0.0
+            clocks[f"{clock}_p{p}"] = {
+                "predicted": one,
+                "measured": other,
+                "ratio": one / other if other else None,
+            }
+    return {
+        "requests": len(measured),
+        "refused": {
+            "predicted": sum(outcome.status == 503 for outcome in predicted),
+            "measured": sum(answer["status"] == 503 for answer in measured),
+        },
+        "failed": sum(answer["status"] not in (200, 503) for answer in measured),
+        "clocks": clocks,
+    }
+
+
+def _least_disturbed(
+    config: ValidateConfig, meter: Meter, url: str, requests: Sequence[Mapping[str, Any]]
+) -> tuple[float, dict[str, Any]]:
+    """CPUs that others took beside the load, and what the clients were told, at the quietest try."""
+    tried: list[tuple[float, dict[str, Any]]] = []
+    for _ in range(config.tries):
+        with meter.watch() as seen:
+            told = ask(url, requests, clients=0)
+        tried.append((seen.others_cpus(told["cpu_ms"]), told))
+        if tried[-1][0] <= config.disturbed_cpus:
+            break
+    return min(tried, key=lambda one: one[0])
+
+
+def _arrivals(
+    config: ValidateConfig, traffic: TrafficConfig, per_s: float, prompt_tokens: int, seed: int
+) -> list[Arrival]:
+    drawn = poisson_arrivals(traffic, per_s=per_s, seconds=config.seconds, users=config.users, seed=seed)
+    stacked = round(config.users * traffic.stack_share)
+    return [
+        Arrival(
+            a.at_s,
+            a.user,
+            prompt_tokens,
+            min(a.answer_tokens, config.answer_tokens_max),
+            a.is_stream,
+            a.user < stacked,
+        )
+        for a in drawn
+    ]
+
+
+def _request(body: Mapping[str, Any], users: Sequence[str], arrival: Arrival) -> dict[str, Any]:
+    asked = {**body, "user": users[arrival.user], "max_tokens": arrival.answer_tokens}
+    if not arrival.is_stream:
+        asked = {name: value for name, value in asked.items() if name not in ("stream", "stream_options")}
+    return {"at_s": arrival.at_s, "body": asked}
+
+
+def _serve(config: ValidateConfig, traffic: TrafficConfig, folder: Path) -> tuple[str, list[str]]:
+    """The service's URL, and users with a history, the first of them with a stack."""
+    source = EMBEDDED if config.base == "default" else tiny_llama(folder / "model")
+    base = open_base(make_base(folder / "base", source))
+    bank = make_bank(folder / "bank", source, seed=0)
+    args = ServingArgs(
+        base=str(base.path),
+        bank=str(folder / "bank"),
+        store=str(folder / "users.db"),
+        engine=EngineConfig(max_requests=config.max_requests, max_waiting=config.max_waiting),
+        cpus_per_replica=0.5,
+        stack_slots=config.max_requests,
+    )
+    port = free_port("127.0.0.1")
+    start(args, "127.0.0.1", port)
+    url = f"http://127.0.0.1:{port}"
+    names = [f"user-{number}" for number in range(config.users)]
+    tastes = list(TASTES.values())
+    generator = torch.Generator().manual_seed(0)
+    backbone = base.load()
+    with (
+        httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False) as http,
+        closing(open_database(args.database)) as database,
+    ):
+        store = UserStore(database)
+        for number, name in enumerate(names):
+            history = {"items": [f"{tastes[number % len(tastes)]} {number}"]}
+            view = http.put(f"/v1/users/{name}/history", json=history).raise_for_status().json()
+            if number < round(config.users * traffic.stack_share):
+                own = random_adapter(backbone, rank=args.stack.rank, generator=generator)
+                store.put_stack(UserId(tenant=args.tenant, id=name), stack_of(own, view, backbone))
+    log.info("a service of %s at %s, %d anchors, %d users", config.base, url, len(bank), len(names))
+    return url, names

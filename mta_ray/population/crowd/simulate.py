@@ -1,0 +1,385 @@
+"""A population of any size through the real pipeline: users are made, embedded, routed and stored, part by part.
+
+One streaming Ray Data job; the driver sees a summary of each part. A run that was stopped goes on with the parts that
+are missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.actor import ActorHandle
+
+from mta_ray.artifacts import canonical_json, is_current, jsonable, located, open_artifact, publish
+from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.console import announce
+from mta_ray.evaluation.sections import write_sections
+from mta_ray.object_store import is_remote
+from mta_ray.personalize.merge_then_adapt import FusionConfig
+from mta_ray.pipeline.memory import watch_memory
+from mta_ray.pipeline.progress import follow, open_board
+from mta_ray.population.crowd import report as crowd_report
+from mta_ray.population.crowd import sample as crowd_sample
+from mta_ray.population.crowd.anchors import Anchors, anchors_of_bank, anchors_of_sample, publish_anchors
+from mta_ray.population.crowd.bare import bare_users_per_s
+from mta_ray.population.crowd.parts import HASH, PROGRESS, SUMMARY, CrowdPlan, run_parts
+from mta_ray.population.crowd.quality import quality_by_cosine
+from mta_ray.population.crowd.vectors import fit_model, load_model
+from mta_ray.population.people import WorldConfig
+from mta_ray.serving.database import DatabaseConfig, open_database
+from mta_ray.serving.user_store import UserStore
+from mta_ray.similarity.embedding import EMBEDDED
+
+log = logging.getLogger(__name__)
+KIND = "population"
+PART_USERS = {"sampled": 5000, "encoded": 250}
+PART_USERS_MAX = 50_000
+"""A block stays far below the size at which Ray Data cuts it (128 MiB)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatePopulationConfig:
+    """How many users of which world, whom they are routed to, and where they go."""
+
+    world: WorldConfig = field(default_factory=WorldConfig)
+    """What the people are like."""
+    users: int = 100_000
+    """How many: users 0 … users - 1 of the world."""
+    embeddings: Literal["sampled", "encoded"] = "sampled"
+    """`encoded`: every user's texts are made and encoded. `sampled`: vectors are drawn from a model of encoded users,
+    and each user borrows the texts of one of those."""
+    bank: str | None = None
+    """The `bank` artifact that users are routed to; none: anchors are chosen from the sample, with nothing trained."""
+    anchors: int = 50
+    """Anchors to choose where no bank is given."""
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    """How a user's anchors are weighed."""
+    encoder: str = EMBEDDED
+    """As in embed-users; with a bank, the bank's is used."""
+    max_items: int = 24
+    """Latest history items of a user that are encoded."""
+    max_words: int = 64
+    """Words of each item's text that are encoded."""
+    fitted_on: int = 2000
+    """Encoded users that the model of embeddings is fitted on, and that anchors are chosen from."""
+    held_out: int = 1000
+    """More encoded users, which the fidelity of drawn vectors is measured on; 0: it is not measured."""
+    store: str | None = None
+    """User store to fill too: a SQLite file, or `postgresql://user@host/name`; users who are there already stay."""
+    tenant: str = "simulated"
+    """Tenant of the users and anchors in the store."""
+    history_items: int = 3
+    """Latest items of a user whose text goes into the store."""
+    part_users: int | None = None
+    """Users of a part, which is done as a whole or not at all; none: 5,000 sampled or 250 encoded ones."""
+    workers: int = 2
+    """Processes that draw or encode at once."""
+    grow_from: tuple[int, ...] = ()
+    """Sizes of smaller populations that run first, each into a store of its own that is thrown away: shows growth."""
+    report: str | None = None
+    """The `report` artifact of an evaluation with the same bank: gives the quality to expect by similarity."""
+    evaluated: str | None = None
+    """The `embeddings` artifact of the users in that report."""
+    method: str = "mta_fusion"
+    """Method of the report whose quality is expected."""
+    out: str = "runs/population"
+    """Folder of the artifact: part-*.parquet, report.json, report.html. Unfinished parts lie in OUT.parts."""
+    force: bool = False
+    """Run again although the artifact, or parts of it, are there."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where to run."""
+
+    def __post_init__(self) -> None:
+        least = {"users": 1, "anchors": 1, "max_items": 1, "max_words": 1, "held_out": 0, "history_items": 1}
+        for name, count in (least | {"fitted_on": 20, "workers": 1}).items():
+            if getattr(self, name) < count:
+                raise ValueError(f"{name} must be at least {count}, got {getattr(self, name)}")
+        if self.users > crowd_sample.FIRST:
+            raise ValueError(f"users must be at most {crowd_sample.FIRST:,}, got {self.users:,}")
+        if self.part_users is not None and not 1 <= self.part_users <= PART_USERS_MAX:
+            raise ValueError(f"part_users must lie between 1 and {PART_USERS_MAX}, got {self.part_users}")
+        if any(not 0 < size < self.users for size in self.grow_from) or list(self.grow_from) != sorted(
+            set(self.grow_from)
+        ):
+            raise ValueError(f"grow_from must be ascending sizes below users, {self.users}; got {self.grow_from}")
+        if self.grow_from and self.store is not None and "://" in self.store and not self.store.startswith("sqlite"):
+            raise ValueError(
+                "grow_from fills a store of its own for each size, which only SQLite files can be; leave it out"
+            )
+        if self.store is not None and urlsplit(self.store).password is not None:
+            raise ValueError("store holds a password, which would be written down; leave it to PGPASSWORD or ~/.pgpass")
+        if (self.report is None) != (self.evaluated is None):
+            raise ValueError("report and evaluated belong together: give both, or neither")
+        if self.report is not None and self.bank is None:
+            raise ValueError("a report says what to expect of the bank that it was made with; give that bank too")
+        if is_remote(self.out):
+            raise ValueError(f"out is {self.out}, wanted a folder that every worker can reach: parts are renamed there")
+
+
+def simulate_population(config: SimulatePopulationConfig) -> str:
+    """Publish the population with its report, and fill the store."""
+    named = [name for name in ("bank", "report", "evaluated") if getattr(config, name) is not None]
+    config = located(config, "out", *named)
+    if config.store is not None and "://" not in config.store:
+        config = dataclasses.replace(config, store=str(Path(config.store).expanduser().absolute()))
+    kinds = {"bank": "bank", "report": "report", "evaluated": "embeddings"}
+    inputs = {name: open_artifact(getattr(config, name), kind=kinds[name], verify=False).hash for name in named}
+    settings = {k: v for k, v in jsonable(config).items() if k not in ("out", "force", "cluster", "workers", *kinds)}
+    is_there = is_current(config.out, kind=KIND, settings=settings, inputs=inputs)
+    if not config.force and is_there and _stored(config) >= config.users:
+        log.info("population: %s is current, nothing to do", config.out)
+        return config.out
+
+    work = Path(f"{config.out}.parts")
+    if config.force:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
+        board = open_board()
+
+        # 1. whom to draw from, and whom to route to
+        crowd = _prepare(config, work, board)
+
+        # 2. small populations, then the whole one
+        growth = [_run(config, crowd, users, work, board, is_growth=True) for users in config.grow_from]
+        run = _run(config, crowd, config.users, work, board, is_growth=False)
+
+        # 3. what was seen
+        summaries = [json.loads(_metadata(run.plan.file(part))[SUMMARY]) for part in range(run.plan.parts)]
+        report = crowd_report.report_of(
+            summaries,
+            settings=settings,
+            anchors=crowd.anchors,
+            growth=[one.facts for one in (*growth, run)],
+            fidelity=crowd.fidelity,
+            bare_users_per_s=run.bare_users_per_s,
+            workers=config.workers,
+            store_bytes=_store_bytes(config.store),
+        )
+        if config.report is not None and config.evaluated is not None:
+            report["quality"] = quality_by_cosine(
+                config.report, config.evaluated, crowd.anchors, report["cosines"]["histogram"], method=config.method
+            )
+        for part in range(run.plan.parts):
+            _link(run.plan.file(part), draft.path)
+        write_sections(draft.path, "A simulated population", crowd_report.sections(report), report)
+        draft.facts.update(users=config.users, anchors=len(crowd.anchors.ids), encoder=crowd.anchors.encoder)
+    shutil.rmtree(work, ignore_errors=True)
+    announce(crowd_report.told(report))
+    log.info("population: %d users, in %s", config.users, config.out)
+    return config.out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Crowd:
+    """What is the same at every size."""
+
+    anchors: Anchors
+    model: Any
+    texts: list[Any]
+    fidelity: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    plan: CrowdPlan
+    facts: dict[str, Any]
+    bare_users_per_s: float | None
+
+
+def _prepare(config: SimulatePopulationConfig, work: Path, board: ActorHandle) -> _Crowd:
+    anchors = None if config.bank is None else anchors_of_bank(config.bank)
+    is_sampled = config.embeddings == "sampled"
+    if anchors is not None and not is_sampled:
+        return _Crowd(anchors=anchors, model=None, texts=[], fidelity=None)
+
+    # 1. encoded users, kept until all is done: drawing goes on with the same model after a stop
+    encoder = config.encoder if anchors is None else anchors.encoder
+    users = config.fitted_on + (config.held_out if is_sampled else 0)
+    made_of = (asdict(config.world), encoder, config.max_items, config.max_words, config.history_items, users)
+    name = _digest(made_of)
+    with follow(board, crowd_sample.PROGRESS, users, "users"):
+        sample = crowd_sample.encode_sample(
+            work / f"sample-{name}.parquet",
+            config.world,
+            users,
+            encoder=encoder,
+            max_items=config.max_items,
+            max_words=config.max_words,
+            history_items=config.history_items,
+            workers=config.workers,
+            board=board,
+        )
+    fitted = slice(config.fitted_on)
+
+    # 2. anchors, and the model
+    if anchors is None:
+        anchors = anchors_of_sample(
+            sample.user_ids[fitted],
+            sample.means[fitted],
+            sample.items[fitted].tolist(),
+            anchors=config.anchors,
+            encoder=encoder,
+            seed=config.world.seed,
+        )
+    if not is_sampled:
+        return _Crowd(anchors=anchors, model=None, texts=[], fidelity=None)
+    file = work / f"model-{name}-{config.fitted_on}.npz"
+    if not file.exists():
+        fit_model(sample.means[fitted], sample.items[fitted], encoded_items=config.max_items).save(file)
+    model = load_model(file)
+    fidelity = None
+    if config.held_out >= 20:
+        fidelity = crowd_sample.fidelity(model, sample.means[config.fitted_on :], anchors, seed=config.world.seed)
+    return _Crowd(anchors=anchors, model=model, texts=sample.histories[fitted], fidelity=fidelity)
+
+
+def _run(
+    config: SimulatePopulationConfig, crowd: _Crowd, users: int, work: Path, board: ActorHandle, *, is_growth: bool
+) -> _Run:
+    """One population, from the first missing part to the last."""
+    folder = work / str(users)
+    store = config.store
+    if is_growth and store is not None:
+        store = str(folder / "store.db")
+    anchors = crowd.anchors
+    folder.mkdir(exist_ok=True)
+    finished = folder / "finished.json"
+    if is_growth and not finished.exists():
+        _clear(folder)
+    if store is not None:
+        with closing(open_database(DatabaseConfig(url=store))) as database:
+            retired = publish_anchors(database, anchors, tenant=config.tenant, path=config.bank or config.out)
+        anchors = dataclasses.replace(anchors, retired=retired)
+    plan = _plan(config, crowd, anchors, users, folder, store)
+    if is_growth and finished.exists():
+        facts = json.loads(finished.read_text())
+        if facts["hash"] == plan.hash:
+            _clear(folder)
+            return _Run(plan=plan, facts=facts, bare_users_per_s=None)
+
+    # 1. what is there already: of a small population nothing, or its time would be that of a rest;
+    # marks of parts whose users the store has lost count for nothing
+    done = [part for part in range(plan.parts) if _is_done(plan, part)]
+    if is_growth or (store is not None and done and _count(store, config.tenant) < sum(map(plan.rows, done))):
+        done = []
+    missing = sorted(set(range(plan.parts)) - set(done))
+    if done:
+        log.info("population: %d of %d parts are there", len(done), plan.parts)
+
+    # 2. the encoder alone, to compare with
+    bare = None
+    if config.embeddings == "encoded" and missing and not is_growth:
+        bare = bare_users_per_s(plan)
+
+    # 3. the parts
+    began_s = time.perf_counter()
+    counted = f"{PROGRESS}, {users} users" if is_growth else PROGRESS
+    plan = dataclasses.replace(plan, progress=counted)
+    with watch_memory() as memory, follow(board, counted, sum(map(plan.rows, missing)), "users"):
+        run_parts(plan, missing, board)
+    facts = crowd_report.growth_of(
+        [json.loads(_metadata(plan.file(part))[SUMMARY]) for part in missing],
+        users=users,
+        seconds=time.perf_counter() - began_s,
+        memory=memory,
+        store_bytes=_store_bytes(store),
+    ) | {"hash": plan.hash}
+    if is_growth:
+        finished.write_text(json.dumps(facts))
+        _clear(folder)
+    return _Run(plan=plan, facts=facts, bare_users_per_s=bare)
+
+
+def _plan(
+    config: SimulatePopulationConfig, crowd: _Crowd, anchors: Anchors, users: int, folder: Path, store: str | None
+) -> CrowdPlan:
+    part_users = config.part_users or PART_USERS[config.embeddings]
+    decides = (
+        *(asdict(config.world), part_users, config.embeddings, anchors.hash, anchors.retired, asdict(config.fusion)),
+        *(config.max_items, config.max_words, config.history_items, config.fitted_on, config.held_out),
+        *(config.tenant, store),
+    )
+    return CrowdPlan(
+        world=config.world,
+        users=users,
+        part_users=part_users,
+        anchors=anchors,
+        fusion=config.fusion,
+        model=crowd.model,
+        texts=crowd.texts,
+        max_items=config.max_items,
+        max_words=config.max_words,
+        history_items=config.history_items,
+        workers=config.workers,
+        store=store,
+        tenant=config.tenant,
+        folder=str(folder),
+        hash=_digest(decides),
+    )
+
+
+def _clear(folder: Path) -> None:
+    """Take away what a small population has written."""
+    for file in (*folder.glob("part-*"), *folder.glob("store.db*")):
+        file.unlink()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def _is_done(plan: CrowdPlan, part: int) -> bool:
+    if not plan.file(part).exists():
+        return False
+    try:
+        found = pq.read_metadata(plan.file(part))
+    except pa.ArrowInvalid:  # the machine went down before its content reached the disk
+        return False
+    return found.num_rows == plan.rows(part) and (found.metadata or {}).get(HASH) == plan.hash.encode()
+
+
+def _metadata(file: Path) -> dict[bytes, bytes]:
+    return pq.read_metadata(file).metadata or {}
+
+
+def _stored(config: SimulatePopulationConfig) -> int:
+    """Users in the store; as many as wanted where none is filled."""
+    return config.users if config.store is None else _count(config.store, config.tenant)
+
+
+def _count(store: str, tenant: str) -> int:
+    if "://" not in store and not Path(store).exists():
+        return 0
+    with closing(open_database(DatabaseConfig(url=store))) as database:
+        return UserStore(database).counts(tenant).users
+
+
+def _store_bytes(store: str | None) -> int | None:
+    """Of a SQLite file, its log written back."""
+    if store is None or "://" in store:
+        return None
+    with closing(open_database(DatabaseConfig(url=store))) as database:
+        database.forget_pages()
+    return Path(store).stat().st_size
+
+
+def _link(file: Path, folder: Path) -> None:
+    """Into the draft, without taking it from where a rerun would look for it."""
+    try:
+        os.link(file, folder / file.name)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,67 @@
+"""The reports of several simulations on one page, with their figures in one file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mta_ray.artifacts import Artifact, ArtifactError, located, open_artifact, publish
+from mta_ray.evaluation.sections import FIGURES, write_sections
+
+KIND = "simulation"
+MODULES = {
+    "population": "mta_ray.population.crowd.report",
+    "what-if": "mta_ray.population.what_if",
+    "drift": "mta_ray.population.drift",
+    "load": "mta_ray.population.load.report",
+    "capacity": "mta_ray.population.capacity.report",
+}
+"""Whose `sections` show a report: what it says under `simulation` decides."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinReportsConfig:
+    """Which reports, and where the page goes."""
+
+    of: tuple[str, ...]
+    """Results of `mta simulate population, what-if, drift, load, capacity`, in the order in which they are shown."""
+    out: str = "runs/simulation"
+    """Folder of report.html and report.json."""
+    title: str = "A million users before there are any"
+    """Heading of the page."""
+
+    def __post_init__(self) -> None:
+        if not self.of:
+            raise ValueError("of is empty; name the results of at least one simulation")
+
+
+def join_reports(config: JoinReportsConfig) -> str:
+    """Publish the page."""
+    config = located(config, "out")
+    reports: list[Mapping[str, Any]] = []
+    inputs = {}
+    for number, path in enumerate(config.of):
+        artifact = _open(path)
+        reports.append(json.loads((artifact.path / FIGURES).read_text()))
+        inputs[f"{number} {reports[-1]['simulation']}"] = artifact.hash
+    sections = [
+        section
+        for report in reports
+        for section in importlib.import_module(MODULES[report["simulation"]]).sections(report)
+    ]
+    with publish(config.out, kind=KIND, settings={"simulation": "joined"}, inputs=inputs) as draft:
+        write_sections(draft.path, config.title, sections, {"simulation": "joined", "reports": reports})
+    return config.out
+
+
+def _open(path: str) -> Artifact:
+    try:
+        artifact = open_artifact(path, kind=KIND)
+    except ArtifactError:  # a population is an artifact with more in it than its report
+        artifact = open_artifact(path, kind="population")
+    if artifact.settings.get("simulation") == "joined":
+        raise ValueError(f"{path} is a joined page already; name the simulations themselves")
+    return artifact

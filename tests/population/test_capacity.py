@@ -1,0 +1,122 @@
+"""`mta simulate capacity`: measured, planned, reported; and what a finished load test is compared with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mta_ray.artifacts import open_artifact
+from mta_ray.population.capacity.fleet import DemandConfig, SampleConfig
+from mta_ray.population.capacity.measure_engine import MeasureConfig, measure_engine
+from mta_ray.population.capacity.report import sections, tables
+from mta_ray.population.capacity.service_model import PodConfig
+from mta_ray.population.capacity.service_times import ServiceTimes, StepTime, read_times, write_times
+from mta_ray.population.capacity.simulate import SimulateCapacityConfig, simulate_capacity
+from mta_ray.population.capacity.validate import compare, validate_run
+
+TIMES = ServiceTimes(step=StepTime(fixed_ms=5.0, row_ms=0.5, prompt_token_ms=0.05), source="a test")
+SAMPLE = SampleConfig(requests=100, curve_points=3, precision=0.1)
+
+
+def config(tmp_path: Path, **more) -> SimulateCapacityConfig:  # noqa: ANN003
+    write_times(tmp_path / "times.json", TIMES, {})
+    return SimulateCapacityConfig(
+        service_times=str(tmp_path / "times.json"), sample=SAMPLE, out=str(tmp_path / "out"), **more
+    )
+
+
+def test_a_plan_is_published_and_rests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = config(tmp_path, demand=DemandConfig(users=(1e9, 1e4)))
+    path = simulate_capacity(asked)
+    artifact = open_artifact(path, kind="simulation")
+    report = json.loads((artifact.path / "report.json").read_text())
+    assert report["simulation"] == "capacity"
+    assert [plan["users"] for plan in report["plans"]] == [1e4, 1e9]
+    assert report["plans"][1]["replicas"] > report["plans"][0]["replicas"] == 2
+    page = (artifact.path / "report.html").read_text()
+    assert page.count("<svg") == 2 and "1 billion" in page and "a test" in page
+    assert read_times(artifact.path / "service_times.json") == TIMES
+    assert "1 billion" in capsys.readouterr().out
+
+    simulate_capacity(asked)
+    assert capsys.readouterr().out == ""  # it was current
+
+
+def test_the_engine_is_measured(tmp_path: Path) -> None:
+    """Real steps of a tiny model: longer prompts and more rows take longer, and the line says so."""
+    measuring = MeasureConfig(
+        max_requests=8, rows=(0, 1, 8), prompts=(1, 2), prompt_tokens=(8, 120), repeats=3, anchors=4, stack_slots=8
+    )
+    engine = measure_engine("tiny", measuring)
+    took = {(s.rows, s.prompts, s.prompt_tokens): s.ms for s in engine.samples}
+    assert {(1, 0, 0), (0, 1, 8), (1, 2, 240)} <= took.keys()
+    assert (8, 1, 8) not in took  # there is no row for it
+    assert took[0, 1, 120] > took[0, 1, 8]
+    step = engine.fit.step
+    assert step.fixed_ms > 0 and step.prompt_token_ms > 0
+    assert engine.stack_load_ms > 0 and engine.stack_bytes > 0 and engine.bank_bytes > 0
+
+
+def test_the_report_is_made_of_its_figures_alone(tmp_path: Path) -> None:
+    validation = {
+        "can_per_s": 10.0,
+        "loads": [
+            {"share": 0.5, "per_s": 5.0, "others_cpus": 0.1}
+            | compare([], [{"status": 200, "ttft_ms": 1.0, "total_ms": 2.0}, {"status": 503}])
+        ],
+        "calibration": {"one_at_a_time": [{"tokens": 4, "simulated_total_ms": 9.0, "total_ms_p50": 8.0}]},
+        "engine": {"fit": {"samples": 9, "error_p50": 0.01, "error_p95": 0.05}},
+        "config": {"base": "tiny"},
+        "cpus": 2,
+    }
+    path = simulate_capacity(config(tmp_path, demand=DemandConfig(users=(1e4,))))
+    report = json.loads((Path(path) / "report.json").read_text())
+    assert len(sections(report)) == 3 and len(tables(report)) == 1
+    report = json.loads(json.dumps(report | {"validation": validation}))
+    assert [section.title for section in sections(report)][-1] == "Predicted against measured"
+    assert len(tables(report)) == 2
+
+
+def test_times_must_come_from_somewhere(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no service times"):
+        SimulateCapacityConfig()
+    with pytest.raises(ValueError, match="both"):
+        SimulateCapacityConfig(service_times="x", measure="tiny")
+    with pytest.raises(ValueError, match="there is no file"):
+        simulate_capacity(SimulateCapacityConfig(service_times=str(tmp_path / "none"), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def rows(*answers: dict) -> pa.Table:
+    usual = {"kind": "chat", "status": 200, "tokens": 3, "is_stream": True, "retried": False, "verdict": "right"}
+    return pa.Table.from_pylist([usual | answer for answer in answers])
+
+
+def test_a_finished_load_test_is_replayed_phase_by_phase(tmp_path: Path) -> None:
+    """Requests far apart take what their steps take: known here without the model."""
+    first_ms, step_ms = 5 + 20 * 0.05, 5.5
+    answer = {"ttft_ms": first_ms, "total_ms": first_ms + 2 * step_ms}
+    table = rows(
+        {"at_s": 0.0, "phase": "calm"} | answer,
+        {"at_s": 1.0, "phase": "calm"} | answer,
+        {"at_s": 2.0, "phase": "crowd", "ttft_ms": 2 * first_ms, "total_ms": 2 * (first_ms + 2 * step_ms)},
+        {"at_s": 2.5, "phase": "crowd", "retried": True, "ttft_ms": 9e9, "total_ms": 9e9},
+        {"at_s": 2.7, "phase": "crowd", "kind": "history", "tokens": 0, "ttft_ms": 0.0, "total_ms": 1.0},
+    )
+    pq.write_table(table, tmp_path / "requests.parquet")
+    calm, crowd = validate_run(tmp_path / "requests.parquet", PodConfig(), TIMES, prompt_tokens=20)
+    assert (calm["phase"], calm["requests"]) == ("calm", 2)
+    assert calm["clocks"]["ttft_ms_p50"]["ratio"] == pytest.approx(1.0)
+    assert calm["clocks"]["total_ms_p99"]["ratio"] == pytest.approx(1.0)
+    assert (crowd["phase"], crowd["requests"]) == ("crowd", 1)
+    assert crowd["clocks"]["total_ms_p50"]["ratio"] == pytest.approx(0.5)
+
+
+def test_another_table_is_no_load_test(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"at_s": [1.0]}), tmp_path / "requests.parquet")
+    with pytest.raises(ValueError, match="lacks the columns phase"):
+        validate_run(tmp_path / "requests.parquet", PodConfig(), TIMES, prompt_tokens=20)
