@@ -23,6 +23,9 @@ def keeper() -> ActorHandle:
             self.ledger = Ledger(total=4, already_done=1, clock=lambda: self.now_s)
             self.meters = Meters()
 
+        def worker_id(self) -> str:
+            return ray.get_runtime_context().get_worker_id()
+
         def begin(self) -> None:
             self.ledger.group_started(0, workers=1, devices=2, lanes=2)
             self.ledger.group_started(1, workers=1, devices=1, lanes=2)
@@ -45,21 +48,24 @@ def keeper() -> ActorHandle:
     return ray.remote(num_cpus=0)(Keeper).remote()
 
 
-def page() -> dict[str, float]:
-    """What the node tells of ours: `name` or `name{group}` -> value."""
+def page(worker_id: str) -> dict[str, float]:
+    """What the node tells of that worker's: `name` or `name{group}` -> value. (Those of workers that have ended stay
+    on the page for a while.)"""
     [node] = [node for node in ray.nodes() if node["Alive"]]
     told = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", trust_env=False).text
     found = {}
     for name, labels, value in re.findall(r"^ray_(mta_bank_\w+){(.*)} (\S+)$", told, flags=re.MULTILINE):
+        if f'WorkerId="{worker_id}"' not in labels:
+            continue
         group = re.search(r'\bgroup="(\w+)"', labels)
         found[f"{name}{{{group[1]}}}" if group else name] = float(value)
     return found
 
 
-def until(wanted: dict[str, float]) -> dict[str, float]:
+def until(worker_id: str, wanted: dict[str, float]) -> dict[str, float]:
     deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s:
-        found = page()
+        found = page(worker_id)
         if all(found.get(name) == value for name, value in wanted.items()):
             return found
         time.sleep(0.5)
@@ -69,12 +75,14 @@ def until(wanted: dict[str, float]) -> dict[str, float]:
 @pytest.mark.usefixtures("ray_local")
 def test_the_node_tells_how_the_training_stands() -> None:
     actor = keeper()
+    worker_id = ray.get(actor.worker_id.remote())
     ray.get(actor.begin.remote())
-    found = until({"mta_bank_lanes_busy{0}": 2, "mta_bank_lanes_busy{1}": 1, "mta_bank_adapters_done": 1})
+    found = until(worker_id, {"mta_bank_lanes_busy{0}": 2, "mta_bank_lanes_busy{1}": 1, "mta_bank_adapters_done": 1})
     assert not any(name.startswith(("mta_bank_eta", "mta_bank_loss")) for name in found)
 
     ray.get(actor.go_on.remote())
     found = until(
+        worker_id,
         {
             "mta_bank_adapters_done": 2,
             "mta_bank_adapters_failed": 1,
@@ -84,7 +92,7 @@ def test_the_node_tells_how_the_training_stands() -> None:
             "mta_bank_lanes_busy{1}": 0,
             "mta_bank_loss{0}": 0.5,
             "mta_bank_eta_seconds": 8,
-        }
+        },
     )
     assert "mta_bank_loss{1}" not in found
     ray.kill(actor)
