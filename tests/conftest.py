@@ -24,6 +24,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray's workers run at 15 otherwise, and starve beside whatever the other half of the test run does.
 os.environ.update(RAY_worker_niceness="0")
+# No node of these clusters is ever drained, and who watches for that is one more process for each training group.
+os.environ.update(RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
 os.environ.pop("RAY_ADDRESS", None)  # no test joins a cluster that it did not start
 # Worker processes find the package, and programs that pip put beside Python, installed and activated or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -39,7 +39,7 @@ ALONE = 40
 """Simulated requests of each length."""
 OTHERS_MAX = 0.8
 """Share of the machine's CPUs that other programs are taken to have at most."""
-KINDS = ("python", "native", "engine", "queued")
+KINDS = ("python", "native", "engine")
 COEFFICIENTS = ("fixed_ms", "row_ms", "prompt_ms", "prompt_token_ms")
 APART_S = 5.0
 """Between two requests of a simulated client that asks one at a time."""
@@ -69,8 +69,6 @@ class Usage:
     """Threads that hold the interpreter, without the engine's."""
     native: float
     engine: float
-    queued: float
-    """Not CPU time: while its threads could have worked, and no CPU was free."""
 
     def since(self, before: Usage) -> Usage:
         return Usage(*(getattr(self, kind) - getattr(before, kind) for kind in KINDS))
@@ -141,9 +139,7 @@ class Meter:
             used = dict.fromkeys(KINDS, 0.0)
             for thread in Path(f"/proc/{pid}/task").iterdir():
                 kind = "engine" if int(thread.name) in engine else "python" if int(thread.name) in python else "native"
-                worked_ns, queued_ns, _ = map(int, (thread / "schedstat").read_text().split())
-                used[kind] += worked_ns / 1e6
-                used["queued"] += queued_ns / 1e6
+                used[kind] += int((thread / "schedstat").read_text().split()[0]) / 1e6
             told[process] = Usage(**used)
         return told
 
@@ -207,7 +203,9 @@ def calibrate(
     )
 
     # 3. what one client alone waits for besides: between tokens, and before the first one
-    pod = replace(pod, cores=None)  # what it waited for a CPU is known, and set aside
+    # As any load is predicted: beside what else the machine did meanwhile.
+    others = float(np.mean([run["others_cpus"] for run in alone]))
+    pod = replace(pod, others=min(others, OTHERS_MAX * (pod.cores or 1)))
     times = _with_rest(times, pod, alone)
     for run, (ttft_ms, total_ms) in zip(alone, _alone(times, pod, alone), strict=True):
         run |= {"simulated_ttft_ms": ttft_ms, "simulated_total_ms": total_ms}
@@ -235,7 +233,6 @@ def _run_of(told: Mapping[str, Any], seen: Seen, idle: Seen, step: StepTime) -> 
         "client": {
             "python": told["python_ms"] / len(answers),
             "native": max(0.0, told["cpu_ms"] - told["python_ms"]) / len(answers),
-            "queued": told["queued_ms"] / len(answers),
         },
     }
     for name, usage in seen.used.items():
@@ -268,27 +265,20 @@ def _process_time(alone: Sequence[Mapping[str, Any]], crowd: Sequence[Mapping[st
 
 
 def _with_rest(times: ServiceTimes, pod: PodConfig, measured: Sequence[Mapping[str, Any]]) -> ServiceTimes:
-    """`pause_ms`, and `away_ms` or `after_share`, so that a client alone waits as long as was measured.
-
-    Without what it waited for a CPU, which was due to whatever else ran on the machine, and which Linux counts.
-    """
+    """`pause_ms`, and `away_ms` or `after_share`, so that a client alone waits as long as was measured."""
     first, last = measured[0], measured[-1]
     tokens = last["tokens"] - first["tokens"]
 
     def per_token_ms(short_ms: float, long_ms: float) -> float:
         return (long_ms - short_ms) / tokens
 
-    x = np.array([(1.0, run["tokens"]) for run in measured])
-    hops = (*PROCESSES, "client")
-    queued_request, _ = nnls(x, np.array([sum(run[hop]["queued"] for hop in hops) for run in measured]))[0]
-    _, queued_token = nnls(x, np.array([run["replica"]["queued"] for run in measured]))[0]
-    wanted_ms = per_token_ms(first["total_ms_p50"], last["total_ms_p50"]) - float(queued_token)
+    wanted_ms = per_token_ms(first["total_ms_p50"], last["total_ms_p50"])
     said = _alone(times, pod, measured)
     times = replace(times, pause_ms=max(0.0, wanted_ms - per_token_ms(said[0][1], said[-1][1])))
 
     def missing_ms(tried: ServiceTimes) -> float:
         said = _alone(tried, pod, measured)
-        late = [run["ttft_ms_p50"] - queued_request - ttft for run, (ttft, _) in zip(measured, said, strict=True)]
+        late = [run["ttft_ms_p50"] - ttft for run, (ttft, _) in zip(measured, said, strict=True)]
         return float(np.mean(late))
 
     missing = missing_ms(times)

@@ -1,7 +1,10 @@
 """A model of users' mean item vectors: encoded users in, any number alike out. User i is a function of (seed, i).
 
-Main axes (PCA) of the vectors together with the logarithm of the number of items are a mixture of Gaussians; what the
-axes leave is noise, alike in all other directions, the less the more items a mean is of.
+A smoothed bootstrap: each drawn user is one of those it was fitted on, moved. Main axes (PCA) of the vectors together
+with the logarithm of the number of items are a mixture of Gaussians, which says in what directions people of that taste
+differ; what the axes leave is noise, alike in all other directions, the less the more items a mean is of. A move by a
+share of that spread, after the user was drawn in towards his Gaussian's centre, leaves mean and covariance as they were
+(shrunk smoothing: M. P. Wand and M. C. Jones, Kernel Smoothing, 1995, section 2.5).
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ USERS_PER_STREAM = 256
 """Users who share a stream of random numbers: any range of users draws whole streams, so where parts begin is no
 matter; one stream a user would cost more than its numbers."""
 AXES = 48
+SMOOTHING = 0.5
+"""How far a user is moved, as a share of the spread of those of his taste; 1 would forget whom he was drawn from."""
 MIXTURES = (4, 8, 12, 16, 24)
 """Numbers of Gaussians that are tried; BIC chooses."""
 
@@ -32,7 +37,7 @@ class Draw:
     items: Int[ndarray, " users"]
     """Length of each user's history."""
     donors: Int[ndarray, " users"]
-    """Row of a fitted user of the same Gaussian, whose texts may stand for theirs."""
+    """Row of the fitted user each was drawn from, whose texts may stand for theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,10 @@ class EmbeddingModel:
     items_range: Int[ndarray, " 2"]
     encoded_items: int
     """A mean is of this many items at most."""
+    donor_features: Float[ndarray, "fitted features"]
+    """Where the fitted users are, as the mixture sees them."""
+    donor_left: Float[ndarray, "fitted dim"]
+    """And what the axes leave of them."""
     donor_rows: Int[ndarray, " fitted"]
     """Rows of the fitted users, Gaussian by Gaussian."""
     donor_begins: Int[ndarray, " ends"]
@@ -75,25 +84,28 @@ class EmbeddingModel:
         normal = rng.standard_normal((USERS_PER_STREAM, len(self.scale)))
         noise = rng.standard_normal((USERS_PER_STREAM, len(self.center)), dtype=np.float32)
 
-        # 1. which Gaussian, and where in it
+        # 1. which Gaussian, and whom of it
         mixture = np.minimum(np.searchsorted(self.shares, uniform[:, 0], side="right"), len(self.shares) - 1)
+        begins, counts = self.donor_begins[mixture], np.diff(self.donor_begins)[mixture]
+        donors = self.donor_rows[begins + np.minimum((uniform[:, 1] * counts).astype(np.int64), counts - 1)]
+
+        # 2. moved along the axes
+        kept = np.sqrt(1 - SMOOTHING**2)
         features = np.empty_like(normal)
         for one in np.unique(mixture):
             rows = mixture == one
-            features[rows] = normal[rows] @ self.spreads[one].T + self.places[one]
+            apart = self.donor_features[donors[rows]] - self.places[one]
+            features[rows] = self.places[one] + kept * apart + SMOOTHING * (normal[rows] @ self.spreads[one].T)
         features = features * self.scale + self.shift
         items = np.clip(np.rint(np.exp(features[:, -1])), *self.items_range).astype(np.int64)
 
-        # 2. the vector: the axes, and noise in the directions that they leave
+        # 3. and in the directions that they leave
         spread = np.sqrt(self.noise[0] + self.noise[1] / np.minimum(items, self.encoded_items))
         axes = self.axes.astype(np.float32)
         noise -= (noise @ axes.T) @ axes
         means = features[:, :-1].astype(np.float32) @ axes
-        means += self.center.astype(np.float32) + noise * spread[:, None].astype(np.float32)
-
-        # 3. whose texts
-        begins, counts = self.donor_begins[mixture], np.diff(self.donor_begins)[mixture]
-        donors = self.donor_rows[begins + np.minimum((uniform[:, 1] * counts).astype(np.int64), counts - 1)]
+        left = kept * self.donor_left[donors] + SMOOTHING * noise * spread[:, None]
+        means += self.center.astype(np.float32) + left.astype(np.float32)
         return means, items, donors
 
     def save(self, path: Path) -> None:
@@ -156,6 +168,8 @@ def fit_model(
         noise=np.array([float(per_direction.mean()) - slope * float(inverse.mean()), slope]).clip(0),
         items_range=np.array([items.min(), items.max()]),
         encoded_items=encoded_items,
+        donor_features=scaled,
+        donor_left=left.astype(np.float32),
         donor_rows=order,
         donor_begins=np.concatenate([[0], np.cumsum(counts)]),
     )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 import fsspec
 import psutil
 import pytest
+import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,6 +48,10 @@ def settings(home: Path, out: str) -> BuildBankConfig:
         train=TRAIN,
         group=GroupConfig(cpus_per_worker=1),
     )
+
+
+FREE_S = 90.0
+"""Ray Train looks for devices for a minute before it hears that it need not."""
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +196,45 @@ def _command(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def free_cpus() -> float:
+    """Of a cluster of two; a group's are given back a little later than its results."""
+    deadline_s = time.monotonic() + FREE_S
+    while (free := ray.available_resources().get("CPU", 0)) < 2 and time.monotonic() < deadline_s:
+        time.sleep(0.5)
+    return free
+
+
+def test_a_group_that_never_had_devices_holds_none_in_the_end(taught: Path, tmp_path: Path) -> None:
+    few = TrainConfig(rank=2, alpha=4.0, steps=2, examples_per_step=2)
+    config = replace(settings(taught, str(tmp_path / "bank")), anchors=2, adapters_per_pack=1, groups=2, train=few)
+    assert len(load_bank(build_bank(replace(config, group=GroupConfig(cpus_per_worker=2))))) == 2
+    assert free_cpus() == 2
+
+
+def test_a_group_whose_controller_is_killed_starts_again_in_the_same_place(
+    taught: Path, undisturbed: Bank, tmp_path: Path
+) -> None:
+    """Two CPUs are all there are: it could not start if the dead one's were still set apart."""
+    kept, killed = tmp_path / "bank.adapters", []
+
+    def kill() -> None:
+        while not list(kept.glob("*checkpoint*")) and not list(kept.glob("0000?")):
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            if "TrainController" in " ".join(_command(process)):
+                process.kill()
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    config = replace(settings(taught, str(tmp_path / "bank")), group=GroupConfig(cpus_per_worker=2))
+    bank = load_bank(build_bank(config))
+    killer.join(timeout=5)
+    assert killed
+    assert_equal(bank, undisturbed)
+    assert free_cpus() == 2
 
 
 def test_one_adapter_that_is_not_finite_is_stopped_and_named_and_the_others_are_as_ever(
