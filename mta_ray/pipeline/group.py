@@ -1,4 +1,7 @@
-"""A training group: W workers of one TorchTrainer with a DeepSpeed engine. What they train comes from the caller."""
+"""A training group: W workers of one TorchTrainer. What they train comes from the caller.
+
+Ray Train's own processes import this file too: what only a worker needs (models, engines) lies elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 import ray
@@ -16,13 +19,6 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend
-from torch import nn
-from transformers import PreTrainedModel
-
-from mta_ray.model.four_bit import is_four_bit
-from mta_ray.model.training_mode import prepare_for_training
-from mta_ray.personalize.train_config import TrainConfig
-from mta_ray.pipeline.deepspeed_engine import DeepSpeedEngine, DeepSpeedSlotEngine
 
 ValueT = TypeVar("ValueT")
 
@@ -81,7 +77,8 @@ def cpus_per_worker(config: GroupConfig, groups: int) -> int:
 def start_group(
     loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: GroupConfig, cpus: int, number: int = 0
 ) -> ray.ObjectRef:
-    """Run `loop(settings)` on the workers of group `number`, as a task to wait for. Results are what it publishes.
+    """Run `loop(settings)`, a module's function, on the workers of group `number`, as a task to wait for. Results are
+    what it publishes.
 
     Waiting raises a failed worker's error, inside Ray Train's TrainingFailedError. The task's processes are told which
     cluster is theirs: without an address Ray's State API takes the latest one that was started on the machine, and Ray
@@ -90,19 +87,29 @@ def start_group(
     here = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     # max_calls: the task's process ends with it, and takes Ray Train's controller along, which would stay otherwise.
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1, runtime_env={"env_vars": here})
-    return task(_run_group).remote(loop, settings, config, cpus, number)
+    return task(_run_group).remote(_Loop(loop.__module__, loop.__name__), [ray.put(settings)], config, cpus, number)
 
 
-def _run_group(
-    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: GroupConfig, cpus: int, number: int
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """A loop that is imported where it runs: on its way there it passes through processes that do nothing with it."""
+
+    module: str
+    name: str
+
+    def __call__(self, sent: dict[str, Any]) -> None:
+        loop = getattr(import_module(self.module), self.name)
+        loop(ray.get(sent["settings"]) | {"cpus": sent["cpus"]})
+
+
+def _run_group(loop: _Loop, settings: list[ray.ObjectRef], config: GroupConfig, cpus: int, number: int) -> None:
     resources: dict[str, float] = {"CPU": cpus}
     if config.gpus_per_worker:
         resources["GPU"] = config.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="mta-train-") as storage:
         trainer = TorchTrainer(
             loop,
-            train_loop_config=settings | {"cpus": cpus},
+            train_loop_config={"settings": settings[0], "cpus": cpus},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.workers,
                 use_gpu=bool(config.gpus_per_worker),
@@ -121,32 +128,6 @@ def _run_group(
             torch_config=_Listening(backend="nccl" if config.gpus_per_worker else "gloo"),
         )
         trainer.fit()
-
-
-def whole_engine(
-    model: nn.Module, train: TrainConfig, group: GroupConfig
-) -> Callable[[list[nn.Parameter]], DeepSpeedEngine]:
-    """What `train_whole` calls to get its engine inside a group's worker."""
-    return partial(DeepSpeedEngine, model, **_engine_settings(model, train, group))
-
-
-def slot_engine(
-    model: nn.Module, train: TrainConfig, group: GroupConfig
-) -> Callable[[list[nn.Parameter]], DeepSpeedSlotEngine]:
-    """What `train_pack` and `train_lanes` call to get their engine inside a group's worker."""
-    return partial(DeepSpeedSlotEngine, model, **_engine_settings(model, train, group))
-
-
-def _engine_settings(model: nn.Module, train: TrainConfig, group: GroupConfig) -> dict[str, Any]:
-    """Raises ValueError for a model in 4 bits with zero_stage 3."""
-    if group.zero_stage == 3 and any(is_four_bit(module) for module in model.modules()):
-        raise ValueError("zero_stage 3 cannot share out weights of 4 bits: use zero_stage 0, 1 or 2")
-    return {
-        "zero_stage": group.zero_stage,
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        "offload": group.offload,
-    }
 
 
 _asked_to_stop = threading.Event()
@@ -190,16 +171,6 @@ def gather_objects(value: ValueT) -> list[ValueT]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def prepare_blocks(model: PreTrainedModel, group: GroupConfig) -> None:
-    """Let the model's blocks run as the group wants it: once, before the first engine takes the model."""
-    prepare_for_training(
-        model,
-        gradient_checkpointing=group.gradient_checkpointing,
-        compile=group.compile,
-        is_sharded=group.zero_stage == 3,
-    )
 
 
 def is_first_worker() -> bool:

@@ -27,12 +27,10 @@ from mta_ray.pipeline.group import (
     GroupConfig,
     cpus_per_worker,
     is_first_worker,
-    prepare_blocks,
-    slot_engine,
     start_group,
     start_worker,
-    whole_engine,
 )
+from mta_ray.pipeline.group_engines import prepare_blocks, slot_engine, whole_engine
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.progress import follow, open_board
 from mta_ray.pipeline.split import SplitConfig, split_users

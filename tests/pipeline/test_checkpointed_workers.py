@@ -19,7 +19,8 @@ from mta_ray.model.batches import tokenise
 from mta_ray.personalize.lanes import Job
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.personalize.training import PackResult, train_pack
-from mta_ray.pipeline.group import GroupConfig, prepare_blocks, slot_engine
+from mta_ray.pipeline.group import GroupConfig
+from mta_ray.pipeline.group_engines import prepare_blocks, slot_engine
 
 CONFIG = TrainConfig(rank=2, alpha=4.0, learning_rate=1e-2, steps=4, examples_per_step=2, max_grad_norm=0.05)
 TEXTS = ("a robot wakes up", "love in paris at night", "an old war", "two sisters and a dog run home", "space")

@@ -27,10 +27,9 @@ from mta_ray.pipeline.group import (
     gather_objects,
     is_asked_to_stop,
     is_first_worker,
-    prepare_blocks,
-    slot_engine,
     start_worker,
 )
+from mta_ray.pipeline.group_engines import prepare_blocks, slot_engine
 
 REPORT_S = 1.0
 """How often a group says how far it is."""
