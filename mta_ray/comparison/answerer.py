@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mta_ray.comparison.cells import Cell, CellAnswers
-from mta_ray.comparison.datasets import ALL, Subjects, cut, is_cut, prompt_hash, read_tested
+from mta_ray.comparison.datasets import Subjects, cut, is_cut, prompt_hash, read_tested
 from mta_ray.comparison.pooled import load_pooled
 from mta_ray.comparison.recipes import Recipe
+from mta_ray.comparison.results import ALL
 from mta_ray.evaluation.asker import MERGED, STACK, Asker, history_bytes
 from mta_ray.lamp.prompts import nearest_items
 from mta_ray.lamp.users import User

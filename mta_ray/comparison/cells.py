@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mta_ray.artifacts import canonical_json, jsonable
-from mta_ray.comparison.datasets import ALL, Subjects, cut, is_cut, prompt_hash, read_tested
+from mta_ray.comparison.datasets import Subjects, cut, is_cut, prompt_hash, read_tested
 from mta_ray.comparison.recipes import Recipe
+from mta_ray.comparison.results import ALL
 from mta_ray.lamp.metrics import query_score
 from mta_ray.personalize.base_model import Wording
 

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from mta_ray.artifacts import Artifact, canonical_json, is_current, open_artifact, publish
+from mta_ray.comparison.results import ALL
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import FEW_SHOT_ITEMS, SCHEMA, Query, User, from_table, to_table
 from mta_ray.pipeline.adapt_users import ActorConfig
@@ -34,8 +35,6 @@ from mta_ray.similarity.embedding import Encoder
 log = logging.getLogger(__name__)
 SIMULATED = "simulated"
 """In place of a path: the simulated population of the data set's task."""
-ALL = "all"
-"""The budget of the whole history."""
 TESTED = "tested-users"
 """The kind of artifact of tested users, with their vectors at each budget."""
 _TEACHER = "teacher"

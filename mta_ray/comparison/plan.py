@@ -7,10 +7,11 @@ from typing import Literal
 
 from mta_ray.artifacts import open_artifact
 from mta_ray.comparison.cells import Cell
-from mta_ray.comparison.datasets import ALL, TESTED, read_tested
+from mta_ray.comparison.datasets import TESTED, read_tested
 from mta_ray.comparison.materials import Materials
 from mta_ray.comparison.pooled import KIND as POOLED
-from mta_ray.comparison.recipes import METHODS, MethodSettings, Recipe, ablations, recipes
+from mta_ray.comparison.recipes import MethodSettings, Recipe, ablations, recipes
+from mta_ray.comparison.results import ALL, BASELINE, METHODS
 from mta_ray.personalize.base_model import open_base
 
 BUDGETS = ("0", "1", "2", "5", "10", ALL)
@@ -20,7 +21,7 @@ BUDGETS = ("0", "1", "2", "5", "10", ALL)
 class PlanConfig:
     """What is compared."""
 
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = tuple(METHODS)
     """Names of methods; one that a task has no use for is left out there."""
     rag: Literal["first-seed", "every-seed", "none"] = "first-seed"
     """With which seeds methods also stand with retrieved items in their prompts, training prompts among them."""
@@ -40,9 +41,11 @@ class PlanConfig:
     """Rates, steps, k and the like of the methods."""
 
     def __post_init__(self) -> None:
-        for name, known in (("methods", METHODS), ("budget_methods", METHODS)):
-            if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise ValueError(f"{name}: no method is called {unknown[0]!r}; wanted some of {', '.join(known)}")
+        for name in ("methods", "budget_methods"):
+            if unknown := [value for value in getattr(self, name) if value not in METHODS]:
+                raise ValueError(f"{name}: no method is called {unknown[0]!r}; wanted some of {', '.join(METHODS)}")
+        if BASELINE not in self.methods:
+            raise ValueError(f"methods must hold {BASELINE}, which every gain is measured against; add it")
         for name in ("methods", "budgets", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,24 @@ import pyarrow.parquet as pq
 import ray
 from ray.util import ActorPool
 
-from mta_ray.artifacts import is_remote, located
+from mta_ray.artifacts import jsonable, located
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.comparison.answerer import Answerer
 from mta_ray.comparison.cells import COSTS, RESULTS, Cell, CellFiles, collect
 from mta_ray.comparison.datasets import parse_datasets
+from mta_ray.comparison.judge import BenchmarkFacts, facts_of
 from mta_ray.comparison.materials import Materials, MaterialsConfig
 from mta_ray.comparison.plan import PlanConfig, cells
-from mta_ray.console import announce, progress
+from mta_ray.comparison.report import write_benchmark_report
+from mta_ray.comparison.tables import terminal_table
+from mta_ray.console import announce, progress, table_console
+from mta_ray.evaluation.run import VERSIONS
+from mta_ray.object_store import is_remote
 from mta_ray.personalize.base_model import open_base
 from mta_ray.pipeline.adapt_users import ActorConfig
 
 log = logging.getLogger(__name__)
-RESULTS_FILE, COSTS_FILE, LEAKS_FILE = "results.parquet", "costs.parquet", "leaks.json"
+RESULTS_FILE, COSTS_FILE, FACTS_FILE = "results.parquet", "costs.parquet", "facts.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +82,19 @@ def benchmark(config: BenchmarkConfig) -> str:
     if not config.report_only:
         home.mkdir(parents=True, exist_ok=True)
         _make(config, home)
+    _report(home)
     return config.out
+
+
+def _report(home: Path) -> None:
+    """Of the results in a folder, wherever they were made."""
+    if missing := [name for name in (RESULTS_FILE, COSTS_FILE, FACTS_FILE) if not (home / name).is_file()]:
+        raise ValueError(f"{home} holds no {missing[0]}: no finished benchmark; run it there without --report-only")
+    facts = facts_of(json.loads((home / FACTS_FILE).read_text()))
+    results, costs = (pq.read_table(home / name).to_pandas() for name in (RESULTS_FILE, COSTS_FILE))
+    report = write_benchmark_report(home, results, costs, facts)
+    for name, dataset in report["datasets"].items():
+        table_console().print(terminal_table(name, dataset))
 
 
 def _make(config: BenchmarkConfig, home: Path) -> None:
@@ -96,8 +114,7 @@ def _make(config: BenchmarkConfig, home: Path) -> None:
         ]
 
         # 1. nothing is trained before it is known what leaks
-        leaks = {one.dataset.name: asdict(one.leaks(config.allow_leaks)) for one in materials}
-        _replace(home / LEAKS_FILE, lambda path: path.write_text(json.dumps(leaks, indent=1)))
+        leaks = {one.dataset.name: one.leaks(config.allow_leaks) for one in materials}
 
         # 2. bases and banks
         planned = [
@@ -112,6 +129,14 @@ def _make(config: BenchmarkConfig, home: Path) -> None:
     # 4. all of them
     wordings = {one.dataset.name: open_base(one.base()).wording for one in materials}
     results, costs = collect(planned, files, wordings)
+    left_out = ("out", "report_only", "force", "cluster", "workers")
+    facts = BenchmarkFacts(
+        leaks=leaks,
+        labels={name: wording.labels for name, wording in wordings.items() if wording.labels},
+        settings={name: value for name, value in jsonable(config).items() if name not in left_out},
+        versions={name: metadata.version(name) for name in VERSIONS},
+    )
+    _replace(home / FACTS_FILE, lambda path: path.write_text(json.dumps(asdict(facts), indent=1)))
     _replace(home / COSTS_FILE, lambda path: _write(costs, COSTS, path))
     _replace(home / RESULTS_FILE, lambda path: _write(results, RESULTS, path))
     announce(f"benchmark: {len(results):,} answers in {len(planned)} cells, in {home / RESULTS_FILE}")
