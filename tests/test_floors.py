@@ -18,6 +18,7 @@ FLOORS = (
     ("personalize",),
     ("cluster", "pipeline", "serving"),
     ("population", "evaluation", "benchmarks", "bank_commands"),
+    ("comparison",),
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
