@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -24,6 +25,7 @@ from mta_ray.comparison.recipes import BankRecipe, Recipe
 from mta_ray.pipeline.adapt_users import ActorConfig
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
+from mta_ray.pipeline.group import cpus_per_worker
 from mta_ray.pipeline.prepare_users import PrepareUsersConfig, prepare_users
 from mta_ray.pipeline.split import SplitConfig
 from mta_ray.pipeline.train_base import TrainBaseConfig, train_base
@@ -77,13 +79,10 @@ class Materials:
         """Everybody: own users, and those who only teach."""
         files, teachers = self.dataset.files, self.dataset.teachers
         if not teachers:
-            return self._once("users", lambda out: self._read(files, out) if files else self._simulate(out))
-        own = self._once("own-users", lambda out: self._read(files, out) if files else self._simulate(out))
-        elsewhere = []
-        for number, source in enumerate(teachers):
-            make = self._simulate if source == SIMULATED else (lambda out, path=source: self._read((path,), out))
-            elsewhere.append(self._once(f"teachers-{number}", make))
-        return self._once("users", lambda out: join_teachers(own, elsewhere, out))
+            return self._once("users", partial(self._read, files))
+        own = self._once("own-users", partial(self._read, files))
+        elsewhere = [self._once(f"teachers-{n}", partial(self._read, (path,))) for n, path in enumerate(teachers)]
+        return self._once("users", partial(join_teachers, own, elsewhere))
 
     def embeddings(self, encoder: str | None = None) -> str:
         """Of everybody, by the benchmark's encoder or another one."""
@@ -93,9 +92,8 @@ class Materials:
 
     def leaks(self, allow: tuple[str, ...]) -> Leaks:
         """What of the tested users' questions is known elsewhere; raises ValueError where that is not allowed."""
-        users, table = self.users(), read_embeddings(self.embeddings())
-        tested, teachers = (of(users, table, self.config.split) for of in (tested_of, teachers_of))
-        return check_leaks(self.dataset.name, list(tested), teachers, allow=allow)
+        who = (self.users(), read_embeddings(self.embeddings()), self.config.split)
+        return check_leaks(self.dataset.name, tested_of(*who), teachers_of(*who), allow=allow)
 
     def tested(self, encoder: str | None = None) -> str:
         """The tested users, with their vectors at each budget."""
@@ -157,9 +155,10 @@ class Materials:
             examples_per_bank_step=self.config.bank.train.examples_per_step,
             train=replace(recipe.pooled, seed=seed),
             split=self.config.split,
-            workers=self.workers,
+            cpus=cpus_per_worker(self.config.bank.group, groups=1),
+            device=self.workers.device,
         )
-        task = ray.remote(train_pooled).options(num_cpus=self.workers.cpus, num_gpus=self.workers.gpus)
+        task = ray.remote(train_pooled).options(num_cpus=job.cpus, num_gpus=self.workers.gpus)
         name = f"pooled-{budget}-seed-{seed}"
         return self._once(name, lambda out: ray.get(task.remote(replace(job, out=out))))
 
@@ -174,13 +173,11 @@ class Materials:
         return float(open_artifact(path, kind=POOLED, verify=False).facts["seconds"])
 
     def _read(self, files: tuple[str, ...], out: str) -> str:
-        return prepare_users(PrepareUsersConfig(files=files, task=self.dataset.task, out=out, cluster=self.cluster))
-
-    def _simulate(self, out: str) -> str:
+        """The users of some files; of no files, or of `simulated`, those of the simulated population."""
+        if files and files != (SIMULATED,):
+            return prepare_users(PrepareUsersConfig(files=files, task=self.dataset.task, out=out, cluster=self.cluster))
         world = replace(self.config.world, task=self.dataset.task)
-        return simulate_users(
-            SimulateUsersConfig(world=world, users=self.config.users, out=out, cluster=self.cluster)
-        )
+        return simulate_users(SimulateUsersConfig(world=world, users=self.config.users, out=out, cluster=self.cluster))
 
     def _once(self, name: str, make: Callable[[str], str]) -> str:
         """The artifact's path; its stage is called once, and rests where nothing has changed."""

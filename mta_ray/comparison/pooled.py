@@ -20,7 +20,6 @@ from mta_ray.personalize.base_model import Wording, open_base, tokenised
 from mta_ray.personalize.lanes import Job
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.personalize.training import train_pack
-from mta_ray.pipeline.adapt_users import ActorConfig
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.split import SplitConfig
@@ -45,7 +44,9 @@ class PooledJob:
     train: TrainConfig
     """Its steps are set by the bank."""
     split: SplitConfig
-    workers: ActorConfig
+    cpus: int
+    """That torch uses."""
+    device: str
 
 
 def train_pooled(job: PooledJob) -> str:
@@ -56,7 +57,7 @@ def train_pooled(job: PooledJob) -> str:
     settings = {k: v for k, v in jsonable(job).items() if k in ("budget", "train", "split")}
     if is_current(job.out, kind=KIND, settings=settings, inputs=inputs):
         return job.out
-    start_worker(job.workers.cpus)
+    start_worker(job.cpus)
     started_s = time.perf_counter()
     base = open_base(job.base)
     losses = load_bank(job.bank).facts["losses"]
@@ -65,7 +66,7 @@ def train_pooled(job: PooledJob) -> str:
     with publish(job.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         examples = sorted(_examples(job, base.wording), key=lambda example: (example.user_id, example.item_id))
         order = np.random.default_rng(train.seed).permutation(len(examples))[:met]
-        routed = RoutedModel(base.load(device=job.workers.device), base.targets)
+        routed = RoutedModel(base.load(device=job.device), base.targets)
         tokens = tokenised(routed.backbone, [examples[i] for i in order])
         result = train_pack(routed, [Job(id="everybody", examples=tokens)], train)
         save_peft(result.adapters[0], draft.path / "adapter", base_model=base.source)

@@ -32,6 +32,7 @@ from mta_ray.comparison.report import write_benchmark_report
 from mta_ray.comparison.tables import terminal_table
 from mta_ray.console import announce, progress, table_console
 from mta_ray.evaluation.run import VERSIONS
+from mta_ray.evaluation.sections import PAGE
 from mta_ray.object_store import is_remote
 from mta_ray.personalize.base_model import open_base
 from mta_ray.pipeline.adapt_users import ActorConfig
@@ -76,12 +77,14 @@ class BenchmarkConfig(PlanConfig):
 
 
 def benchmark(config: BenchmarkConfig) -> str:
-    """The folder of the results."""
+    """The folder of the results; with `report_only` the report in it, so that the run's own settings stay beside it."""
     config = located(config, "out")
     home = Path(config.out)
-    if not config.report_only:
-        home.mkdir(parents=True, exist_ok=True)
-        _make(config, home)
+    if config.report_only:
+        _report(home)
+        return str(home / PAGE)
+    home.mkdir(parents=True, exist_ok=True)
+    _make(config, home)
     _report(home)
     return config.out
 

@@ -32,7 +32,9 @@ class Asker:
     def __init__(self, routed: RoutedModel, wording: Wording) -> None:
         self.routed, self.wording = routed, wording
 
-    def answers(self, users: Sequence[User], routes: Below | None = None, *, context_items: int | None = None) -> list:
+    def answers(
+        self, users: Sequence[User], routes: Below | None = None, *, context_items: int | None = None
+    ) -> list[str]:
         """The greedy answer to each query, users in turn. `context_items`: items retrieved into each prompt (BM25)."""
         prompts = [e.prompt for user in users for e in self.wording.queries(user, context_items=context_items)]
         counts = [len(user.queries) for user in users]
