@@ -119,7 +119,11 @@ def test_jobs_know_the_door_and_nothing_else() -> None:
         ("settings.py", "from mta_ray import console", "settings.py: settings is ground and knows console"),
         ("artifacts.py", "from mta_ray.lamp import users", "artifacts.py: artifacts is ground and knows lamp"),
         ("__init__.py", "import ray", "__init__.py: ray below floor 3"),
-        ("evaluation/a.py", "from mta_ray.comparison import run", "evaluation/a.py: evaluation imports comparison, which is above it"),
+        (
+            "evaluation/a.py",
+            "from mta_ray.comparison import run",
+            "evaluation/a.py: evaluation imports comparison, which is above it",
+        ),
         ("utils/a.py", "", "utils/a.py: utils has no floor; put it in the list"),
     ],
 )

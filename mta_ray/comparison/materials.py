@@ -115,7 +115,9 @@ class Materials:
             mode=self.config.base.mode if is_taught else "none",
             cluster=self.cluster,
         )
-        return self._once(f"base{_part('' if is_taught else 'untaught')}", lambda out: train_base(replace(config, out=out)))
+        return self._once(
+            f"base{_part('' if is_taught else 'untaught')}", lambda out: train_base(replace(config, out=out))
+        )
 
     def bank(self, recipe: BankRecipe, seed: int, *, is_taught: bool = True) -> str:
         """The bank of a recipe, with the seed of its clusters and its training."""

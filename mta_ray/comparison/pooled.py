@@ -1,4 +1,4 @@
-"""One LoRA for everybody: the baseline that users' own LoRAs have to beat. Trained on teachers' and tested users' items."""
+"""One LoRA for everybody, trained on teachers' and tested users' items: what users' own LoRAs have to beat."""
 
 from __future__ import annotations
 

@@ -157,7 +157,9 @@ def ablations(settings: MethodSettings, *, encoders: Sequence[str] = ()) -> list
     changes["own A"] = replace(mta, bank=replace(own, shared_init=False))
     changes["no task adapter"] = replace(mta, is_taught=False)
     for rank in (2, 4):
-        changes[f"stack rank={rank}"] = replace(mta, own=replace(stack, rank=rank, alpha=stack.alpha * rank / stack.rank))
+        changes[f"stack rank={rank}"] = replace(
+            mta, own=replace(stack, rank=rank, alpha=stack.alpha * rank / stack.rank)
+        )
     for factor in (0.5, 2.0):
         steps = max(1, round(stack.steps * factor))
         changes[f"stack steps={steps}"] = replace(mta, own=replace(stack, steps=steps))

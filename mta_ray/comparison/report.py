@@ -126,7 +126,9 @@ def _of_dataset(name: str, dataset: Mapping[str, Any], samples: int) -> list[Sec
                 title=f"{name}: quality against bytes",
                 lead=f"No method is better with fewer bytes than {', '.join(best)}.",
                 figures=[(f"{primary} against bytes kept of a user", picture)],
-                notes=(f"{GROUP_NAMES[group].capitalize()}, whole history. The bank, which all share, is not counted.",),
+                notes=(
+                    f"{GROUP_NAMES[group].capitalize()}, whole history. The bank, which all share, is not counted.",
+                ),
             )
         )
     parts = ablation_rows(dataset, group)

@@ -87,7 +87,9 @@ def check_results(results: pd.DataFrame) -> None:
         raise ValueError(f"{bad} of {len(results)} scores are not finite; mend the scores")
     for dataset, rows in results.groupby("dataset", sort=True):
         if BASELINE not in set(rows["method"]):
-            raise ValueError(f"data set {dataset} has no rows of {BASELINE!r}, which gains are measured against; add it")
+            raise ValueError(
+                f"data set {dataset} has no rows of {BASELINE!r}, which gains are measured against; add it"
+            )
         if rows["task"].nunique() != 1:
             raise ValueError(f"data set {dataset} is of several tasks: {sorted(rows['task'].unique())}; part it")
     assert_same_questions(results)

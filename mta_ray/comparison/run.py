@@ -121,9 +121,7 @@ def _make(config: BenchmarkConfig, home: Path) -> None:
 
         # 2. bases and banks
         planned = [
-            cell
-            for one in materials
-            for cell in cells(config, one, users_per_pack=config.workers.users_per_pack)
+            cell for one in materials for cell in cells(config, one, users_per_pack=config.workers.users_per_pack)
         ]
 
         # 3. answers, cell by cell

@@ -49,7 +49,9 @@ class Cells(HTMLParser):
 def test_the_page_shows_every_method_and_no_user(home):
     text = (home / "report.html").read_text()
     page = Cells(text)
-    assert {"mta", "mta+rag", "rag", "zebra", "k=1", "oracle", "non_personalised", "movies", "ratings"} <= set(page.cells)
+    assert {"mta", "mta+rag", "rag", "zebra", "k=1", "oracle", "non_personalised", "movies", "ratings"} <= set(
+        page.cells
+    )
     assert "script" not in page.tags and "nan" not in text.lower().split()
     assert page.tags.count("svg") == 10  # for each data set: two groups, history, bytes, parts
     assert not any(user in text or user.removeprefix(HOSTILE) in page.cells for user in USERS)
@@ -79,7 +81,12 @@ def test_the_frontier_holds_what_nothing_cheaper_beats():
     def entry(kept: float, quality: float) -> dict:
         return {"costs": {"bytes_per_user": kept}, "few_shot": {"metrics": {"mae": quality}}}
 
-    methods = {"mta": entry(100, 0.3), "oppu": entry(900, 0.2), "rag": entry(500, 0.3), "non_personalised": entry(0, 0.6)}
+    methods = {
+        "mta": entry(100, 0.3),
+        "oppu": entry(900, 0.2),
+        "rag": entry(500, 0.3),
+        "non_personalised": entry(0, 0.6),
+    }
     methods |= {"oracle": entry(0, 0.0), "zebra": entry(0, 0.5)}
     dataset = {"primary": "mae", "higher_is_better": False, "budgets": {"all": methods}}
     assert frontier(dataset, "few_shot") == ["zebra", "mta", "oppu"]

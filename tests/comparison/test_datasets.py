@@ -45,7 +45,9 @@ def test_teachers_from_elsewhere_only_teach_and_the_tested_stay_the_same(tmp_pat
     own_teachers, own_tested = split_of(own)
     assert tested == own_tested
     assert teachers > own_teachers
-    assert len(teachers - own_teachers) > 5 and not any(user.queries for user in users if user.id not in {u.id for u in own})
+    assert len(teachers - own_teachers) > 5 and not any(
+        user.queries for user in users if user.id not in {u.id for u in own}
+    )
     assert {user.history for user in users if user.id in teachers - own_teachers} <= {u.history for u in others}
     assert open_artifact(joined, kind="users").facts["labels"] == ["a", "b", "c"]
 

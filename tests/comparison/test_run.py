@@ -81,7 +81,9 @@ def test_every_method_has_answered_every_question_at_its_budgets(config) -> None
     assert len(costs) == len(cells)
     kept = costs["bytes_per_user"]
     assert kept["mta", False, "0"] == 4 * 3  # every anchor alike, no stack
-    assert kept["mta_fusion", False, "all"] == 4 * 2 < kept["mta_coefficients", False, "all"] < kept["mta", False, "all"]
+    assert (
+        kept["mta_fusion", False, "all"] == 4 * 2 < kept["mta_coefficients", False, "all"] < kept["mta", False, "all"]
+    )
     assert (costs.loc["mta", "bank_device_seconds"] > 0).all() and (costs.loc["oppu", "bank_device_seconds"] == 0).all()
 
 
