@@ -163,7 +163,7 @@ def changed(results: pd.DataFrame, column: str, value) -> pd.DataFrame:
         (lambda r: r.iloc[:-1], "mta:k=1, budget all, seed 1 has 17 answers to 17 of 18 questions"),
         (lambda r: pd.concat([r, r.tail(1)]), "has 19 answers to 18 of 18 questions"),
         (lambda r: changed(r, "prompt_hash", "0"), "prompt_hash is not one for the same user_id and query_id"),
-        (lambda r: changed(r, "gold", "1"), "gold is not one"),
+        (lambda r: changed(r, "gold", "2"), "gold is not one"),
         (lambda r: changed(r, "few_shot", True), "few_shot is not one for the same user_id"),
         (lambda r: changed(r, "history_items", 3), "history_items is not one for the same user_id and budget"),
         (lambda r: changed(r, "user_id", "somebody"), "questions"),

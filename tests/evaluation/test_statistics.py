@@ -119,14 +119,14 @@ def test_unpaired_queries_are_refused():
 
 def test_columns_are_resampled_with_the_same_users_and_as_each_alone():
     generator = np.random.default_rng(2)
-    owner, values = generator.integers(12, size=60), generator.normal(size=(60, 3))
+    owner, values = generator.permutation(np.arange(60) % 12), generator.normal(size=(60, 3))
     totals = np.stack([np.bincount(owner, weights=column) for column in values.T], axis=1)
     found = bootstrap(totals, np.bincount(owner).astype(float), samples=500, seed=4)
     for interval, column in zip(found, values.T, strict=True):
         # user ids of two digits, so that their order as text is that of the numbers
         alone = paired_bootstrap(owner + 10, column, samples=500, seed=4)
         assert (interval.mean, interval.low) == (pytest.approx(alone.mean), pytest.approx(alone.low))
-    totals[:, 2] = totals[:, 0] + 1.0 * np.bincount(owner)  # the same, and 1 more in each query
+    totals[:, 2] = totals[:, 0] + np.bincount(owner)  # the same, and 1 more in each query
     first, _, third = bootstrap(totals, np.bincount(owner).astype(float), samples=500)
     assert third.high - first.high == pytest.approx(1)
 
