@@ -25,7 +25,7 @@ from mta_ray.comparison.results import ALL
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import FEW_SHOT_ITEMS, SCHEMA, Query, User, from_table, to_table
 from mta_ray.pipeline.adapt_users import ActorConfig
-from mta_ray.pipeline.embed_users import EmbedUsersConfig, Embeddings, item_texts, read_embeddings
+from mta_ray.pipeline.embed_users import Embeddings, EmbedUsersConfig, item_texts, read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.split import SplitConfig, split_users

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def split_of(users: list[User]) -> tuple[set[str], set[str]]:
 def test_teachers_from_elsewhere_only_teach_and_the_tested_stay_the_same(tmp_path: Path) -> None:
     own = [simulate_user(WorldConfig(seed=1, max_items=20), number) for number in range(40)]
     others = [simulate_user(WorldConfig(seed=2, max_items=20), number) for number in range(40)]
-    same_ids = [User(id=mine.id, task=u.task, history=u.history, queries=u.queries) for mine, u in zip(own, others)]
+    same_ids = [replace(other, id=mine.id) for mine, other in zip(own, others, strict=True)]
     paths = [
         write_users(tmp_path / "own", own, ["a", "b"]),
         write_users(tmp_path / "elsewhere", same_ids, ["b", "c"]),
