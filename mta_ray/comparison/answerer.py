@@ -94,7 +94,7 @@ class Answerer:
         asked = [(user, query) for user in users for query in user.queries]
         return CellAnswers(
             rows=[(u.id, q.id, prompt_hash(q), text or "") for (u, q), text in zip(asked, said, strict=True)],
-            bytes={user.id: kept for user, kept in zip(users, made.bytes, strict=True)},
+            bytes={user.id: float(kept) for user, kept in zip(users, made.bytes, strict=True)},
             seconds={user.id: seconds for user in users},
             decode_tokens=tokens,
             decode_s=decode_s,
@@ -196,8 +196,8 @@ def _controlled(recipe: Recipe, users: Sequence[User]) -> list[str | None] | Non
 
 def _history_kept(recipe: Recipe, cell: Cell, user: User) -> float:
     if cell.rag or recipe.control == "nearest_item":
-        return history_bytes(user)
-    return 1 if recipe.control == "majority_label" else 0
+        return float(history_bytes(user))
+    return 1.0 if recipe.control == "majority_label" else 0.0
 
 
 def _adapter_bytes(adapter: Adapter | None) -> int:

@@ -54,8 +54,8 @@ def answers(said: dict[str, str], *, kept: float, seconds: float) -> CellAnswers
 
 def test_users_whom_the_budget_leaves_all_items_are_answered_as_with_the_whole_history(cell, tmp_path) -> None:
     files, cut = CellFiles(tmp_path / "cells"), replace(cell, budget="5")
-    files.write(cell, answers({"long": "comedy", "short": "action", "middle": "comedy"}, kept=10, seconds=1.0))
-    files.write(cut, answers({"long": "violence"}, kept=40, seconds=4.0))
+    files.write(cell, answers({"long": "comedy", "short": "action", "middle": "comedy"}, kept=10.0, seconds=1.0))
+    files.write(cut, answers({"long": "violence"}, kept=40.0, seconds=4.0))
 
     results, costs = collect([cut, cell], files, {"films": WORDING})
     names = ["budget", "user_id", "prediction", "score", "history_items", "full_history_items", "few_shot"]
@@ -97,10 +97,10 @@ def test_a_cell_is_there_when_it_is_whole_and_comes_back_as_it_was(cell, tmp_pat
 
 def test_answers_to_other_questions_are_refused(cell, tmp_path) -> None:
     files = CellFiles(tmp_path / "cells")
-    files.write(cell, answers({"long": "comedy", "short": "action"}, kept=1, seconds=1))
+    files.write(cell, answers({"long": "comedy", "short": "action"}, kept=1.0, seconds=1.0))
     with pytest.raises(ValueError, match="2 answers for 3 questions; remove the cell"):
         collect([cell], files, {"films": WORDING})
-    said = answers({"long": "comedy", "short": "action", "middle": "comedy"}, kept=1, seconds=1)
+    said = answers({"long": "comedy", "short": "action", "middle": "comedy"}, kept=1.0, seconds=1.0)
     files.write(cell, replace(said, rows=[(u, q, "0" * 16, text) for u, q, _, text in said.rows]))
     with pytest.raises(AssertionError, match="another question"):
         collect([cell], files, {"films": WORDING})
