@@ -19,7 +19,9 @@ def user(name: str, items: dict[str, str], queries: dict[str, str]) -> User:
 
 
 TESTED = [
-    user("a", {"own film": "action", "x": "action"}, {"Own  film!": "comedy", "b's film": "classic", "clean": "action"}),
+    user(
+        "a", {"own film": "action", "x": "action"}, {"Own  film!": "comedy", "b's film": "classic", "clean": "action"}
+    ),
     user("b", {"B s film": "Classic", "y": "action"}, {"taught": "romance", "asked by c": "action"}),
     user("c", {"z": "action"}, {"Asked by C.": "violence", "asked of a teacher": "action"}),
 ]
@@ -39,7 +41,10 @@ def test_every_kind_is_counted():
 
 
 def test_a_tweet_leaks_by_its_text():
-    tweets = [user("a", {"": "good morning"}, {"say hello": "Good morning!"}), user("b", {"": "evening"}, {"": "night"})]
+    tweets = [
+        user("a", {"": "good morning"}, {"say hello": "Good morning!"}),
+        user("b", {"": "evening"}, {"": "night"}),
+    ]
     assert find_leaks(tweets, []).kinds["own_profile"] == 1
     assert find_leaks(tweets[1:], [user("t", {"": "night"}, {})]).kinds["teacher_profile"] == 1
 
