@@ -137,9 +137,7 @@ def find_leaks(tested: Sequence[User], teachers: Iterable[User]) -> Leaks:
 def _twins_in(user: User, owners: Mapping[bytes, set[int]], sizes: Sequence[int]) -> set[int]:
     """Places of the tested users whose items stand in this user's profile."""
     shared = Counter(place for key in {_key_of_item(item) for item in user.history} for place in owners.get(key, ()))
-    return {place for place, count in shared.items() if count >= max(Question = tuple[int, int]
-"""Place of the tested user, and of the question among the user's."""
-TWIN_ITEMS, TWIN_SHARE * sizes[place])}
+    return {place for place, count in shared.items() if count >= max(TWIN_ITEMS, TWIN_SHARE * sizes[place])}
 
 
 def _key_of_item(item: HistoryItem) -> bytes:
