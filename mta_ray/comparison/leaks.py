@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 
 from mta_ray.lamp.tasks import normalise_label
-from mta_ray.lamp.users import HistoryItem, Query, User
+from mta_ray.lamp.users import HistoryItem, User
 
 KINDS = {
     "own_profile": "stand in the asked user's own profile",
@@ -22,6 +22,8 @@ KINDS = {
     "teacher_query": "are asked of a teacher too",
 }
 """Kinds of leak of a question, and how a report says it of some questions."""
+Question = tuple[int, int]
+"""Place of the tested user, and of the question among the user's."""
 TWIN_ITEMS, TWIN_SHARE = 3, 0.5
 """A user is a twin of another whose profile holds at least so many of the user's items, and this share of them."""
 
@@ -74,47 +76,53 @@ def find_leaks(tested: Sequence[User], teachers: Iterable[User]) -> Leaks:
       a question stands in a profile: an item's content is the question's content; where the item has no content
       (tweets), its target is the question's gold answer
     """
-    # 1. what is asked, of whom: (place of the user, place of the question)
-    asked: defaultdict[bytes, set[tuple[int, int]]] = defaultdict(set)
+    # 1. what is asked, of whom
+    asked: defaultdict[bytes, set[Question]] = defaultdict(set)
+    golds: dict[Question, bytes] = {}
+    by_gold: defaultdict[bytes, set[Question]] = defaultdict(set)
     owners: defaultdict[bytes, set[int]] = defaultdict(set)
     sizes = []
     for place, user in enumerate(tested):
         for number, query in enumerate(user.queries):
-            asked[_key_of_query(query)].add((place, number))
+            golds[place, number] = _hash(query.target)
+            by_gold[_hash(query.target)].add((place, number))
+            asked[_hash(query.content)].add((place, number))
         keys = {_key_of_item(item) for item in user.history}
         sizes.append(len(keys))
         for key in keys:
             owners[key].add(place)
-    golds = {(place, n): _answer(q.target) for place, user in enumerate(tested) for n, q in enumerate(user.queries)}
+    for blank in (asked, by_gold):
+        blank.pop(_hash(""), None)  # a question without a text, or without a known answer, is like no other
 
-    hits: dict[str, set[tuple[int, int]]] = {kind: set() for kind in KINDS}
-    answered: set[tuple[int, int]] = set()
+    hits: dict[str, set[Question]] = {kind: set() for kind in KINDS}
+    answered: set[Question] = set()
     twins: set[int] = set()
 
-    def meet(kind: str, questions: Iterable[tuple[int, int]], answer: bytes) -> None:
+    def told_by(item: HistoryItem) -> set[Question]:
+        return asked.get(_hash(item.content), set()) if item.content else by_gold.get(_hash(item.target), set())
+
+    def meet(kind: str, questions: Iterable[Question], answer: str | None) -> None:
         for question in questions:
             hits[kind].add(question)
-            if answer and answer == golds[question]:
+            if answer and _hash(answer) == golds[question]:
                 answered.add(question)
 
     # 2. tested users among themselves
     for place, user in enumerate(tested):
         for item in user.history:
-            key, answer = _key_of_item(item), _answer(item.target)
-            meet("own_profile", (q for q in asked.get(key, ()) if q[0] == place), answer)
-            meet("tested_profile", (q for q in asked.get(key, ()) if q[0] != place), answer)
+            meet("own_profile", (q for q in told_by(item) if q[0] == place), item.target)
+            meet("tested_profile", (q for q in told_by(item) if q[0] != place), item.target)
         twins |= _twins_in(user, owners, sizes) - {place}
         for query in user.queries:
-            others = (q for q in asked[_key_of_query(query)] if q[0] != place)
-            meet("tested_query", others, _answer(query.target))
+            meet("tested_query", (q for q in asked.get(_hash(query.content), ()) if q[0] != place), query.target)
 
     # 3. teachers against them
     for teacher in teachers:
         for item in teacher.history:
-            meet("teacher_profile", asked.get(_key_of_item(item), ()), _answer(item.target))
+            meet("teacher_profile", told_by(item), item.target)
         twins |= _twins_in(teacher, owners, sizes)
         for query in teacher.queries:
-            meet("teacher_query", asked.get(_key_of_query(query), ()), _answer(query.target))
+            meet("teacher_query", asked.get(_hash(query.content), ()), query.target)
 
     return Leaks(
         users=len(tested),
@@ -132,18 +140,11 @@ def _twins_in(user: User, owners: Mapping[bytes, set[int]], sizes: Sequence[int]
     return {place for place, count in shared.items() if count >= max(TWIN_ITEMS, TWIN_SHARE * sizes[place])}
 
 
-def _key_of_query(query: Query) -> bytes:
-    return _hash(query.content or query.target or "")
-
-
 def _key_of_item(item: HistoryItem) -> bytes:
     return _hash(item.content or item.target)
 
 
-def _answer(text: str | None) -> bytes:
-    return _hash(text) if text else b""
-
-
-def _hash(text: str) -> bytes:
+def _hash(text: str | None) -> bytes:
+    text = text or ""
     plain = normalise_label(text) or text.strip()  # some texts are signs alone
     return blake2b(plain.encode(), digest_size=16).digest()

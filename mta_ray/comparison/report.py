@@ -89,10 +89,10 @@ def _of_dataset(name: str, dataset: Mapping[str, Any], samples: int) -> list[Sec
     # 1. all methods
     notes = (
         said_of(dataset),
-        f"In brackets and as bars: 95% intervals, {samples} bootstrap samples of users. Gains and differences are means "
-        f"over users, query by query. p: sign-flip test of users' mean differences to {OURS}, Holm-corrected over the "
-        f"methods here; * below {ALPHA:g}. Spread: standard deviation of {primary} over seeds; where it is missing, one "
-        "seed is all. Kept and time are of one user.",
+        f"In brackets and as bars: 95% intervals, {samples} bootstrap samples of users. Gains and differences are "
+        f"means over users, query by query. p: sign-flip test of users' mean differences to {OURS}, Holm-corrected "
+        f"over the methods here; * below {ALPHA:g}. Spread: standard deviation of {primary} over seeds; where it is "
+        "missing, one seed is all. Kept and time are of one user.",
     )
     for place, group in enumerate(groups if whole else []):
         picture = figures.differences_chart(whole, group)

@@ -55,7 +55,7 @@ def label(method: str, rag: bool) -> str:
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
-    """Labels in the order of tables: a method, then the same with RAG; methods that are not known come last, by name."""
+    """Labels in the order of tables: a method, then the same with RAG; unknown methods come last, by name."""
     place = {name: number for number, name in enumerate(METHODS)}
 
     def key(name: str) -> tuple[int, str, bool]:
@@ -76,7 +76,7 @@ def is_ablation(name: str) -> bool:
 
 
 def check_results(results: pd.DataFrame) -> None:
-    """Raises ValueError for a table that cannot be judged: columns, the baseline, one answer a question, same questions."""
+    """Raises ValueError for a table that cannot be judged: columns, the baseline, the same questions."""
     missing = [name for name in COLUMNS if name not in results.columns]
     if missing:
         raise ValueError(f"results lack the columns {missing}; got {list(results.columns)}")
@@ -111,8 +111,8 @@ def assert_same_questions(results: pd.DataFrame) -> None:
                 torn = int((rows.groupby(of)[column].nunique() != 1).sum())
                 if torn:
                     raise ValueError(
-                        f"data set {dataset}: {torn} times {column} is not one for the same {' and '.join(of)}; methods "
-                        "were not asked the same; remove the cells and answer again"
+                        f"data set {dataset}: {torn} times {column} is not one for the same {' and '.join(of)}; "
+                        "methods were not asked the same; remove the cells and answer again"
                     )
 
         # 2. nobody has left one out or answered it twice

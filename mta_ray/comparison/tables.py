@@ -162,8 +162,8 @@ def said_of(dataset: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, dataset["seeds"]))
     return (
         f"Task {dataset['task']} ({dataset['lamp_id']}); {dataset['users']} tested users, {dataset['few_shot_users']} "
-        f"of them few-shot; {dataset['queries']} queries, {dataset['few_shot_queries']} of few-shot users; seeds {seeds}. "
-        f"{dataset['primary']}: {better} is better; a gain or difference is positive where the method is better."
+        f"of them few-shot; {dataset['queries']} queries, {dataset['few_shot_queries']} of few-shot users; seeds "
+        f"{seeds}. {dataset['primary']}: {better} is better; a gain or difference above 0 is for the better."
     )
 
 
@@ -245,9 +245,9 @@ _KIND_HEADS = tuple(f"in {kind.replace('_', ' ')}" for kind in KINDS)
 
 def _how(report: Mapping[str, Any]) -> str:
     return (
-        f"Brackets: 95% percentile intervals, {report['samples']} bootstrap samples of users. Gains and differences are "
-        f"means over users. p: sign-flip test of users' mean differences to {OURS}, Holm-corrected over the methods of "
-        f"the table; * below {ALPHA:g}. Spread: standard deviation over seeds. Seeds are averaged first."
+        f"Brackets: 95% percentile intervals, {report['samples']} bootstrap samples of users. Gains and differences "
+        f"are means over users. p: sign-flip test of users' mean differences to {OURS}, Holm-corrected over the "
+        f"methods of the table; * below {ALPHA:g}. Spread: standard deviation over seeds. Seeds are averaged first."
     )
 
 

@@ -1,4 +1,4 @@
-"""How sure a difference is: paired gains of two methods on the same queries, bootstrap intervals and tests over users."""
+"""How sure a difference is: paired gains on the same queries, bootstrap intervals and tests over users."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+def _mean(values: np.ndarray, axis: int) -> Any:
     # Rounded, so that flips which give the same mean are equal whatever the order of the sum.
     return np.round(values.mean(axis=axis), 12)
 
