@@ -56,7 +56,11 @@ def config(tmp_path_factory, ray_local, tiny_model) -> BenchmarkConfig:
         learned_route=CoefficientConfig(per="anchor", train=FEW),
     )  # fmt: skip
     config = BenchmarkConfig(
-        out=str(folder / "out"), materials=materials, methods=ALL_BUT_ONE, settings=settings, seeds=(3,),
+        out=str(folder / "out"),
+        materials=materials,
+        methods=ALL_BUT_ONE,
+        settings=settings,
+        seeds=(3,),
         budgets=("0", "3", "all"),
     )
     assert benchmark(config) == config.out
