@@ -25,7 +25,7 @@ class Route:
     slots: tuple[int, ...]
     weights: tuple[float, ...]
     """One number for each slot."""
-    coefficients: Mapping[str, Float[Tensor, "k #rank"]] | None = None
+    coefficients: Mapping[str, Float[Tensor, "k rank"]] | None = None
     """Module name to one factor for each (slot, rank) pair, or (k, 1) to one for each slot; multiplies `weights`. None:
     all ones."""
 

@@ -47,8 +47,7 @@ def train_coefficients(
     """The route of each (user id, examples, fused route) with its coefficients, all users trained in one pack.
 
     Each user's loss is the mean over the user's own target tokens, the gradient is clipped by its own norm and examples
-    are drawn from the user's own seed: who shares the pack changes nothing. Coefficients are rounded to float16, as they
-    are kept.
+    are drawn from the user's own seed: who shares the pack changes nothing. Coefficients come rounded to float16.
     Raises ValueError for a user without examples and FloatingPointError where a loss or gradient is not finite.
     """
     for user_id, examples, _ in users:

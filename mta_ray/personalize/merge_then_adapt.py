@@ -94,7 +94,9 @@ def fused_adapter(route: Route, bank: Bank, mode: FusionMode) -> Adapter:
     """The route as one adapter, with its coefficients: for export and for the modes that are not sums of ΔW."""
     anchors = [bank.adapter(slot) for slot in route.slots]
     if route.coefficients:
-        anchors = [_scaled(anchor, {m: c[j] for m, c in route.coefficients.items()}) for j, anchor in enumerate(anchors)]
+        anchors = [
+            _scaled(anchor, {m: c[j] for m, c in route.coefficients.items()}) for j, anchor in enumerate(anchors)
+        ]
     return fuse(anchors, route.weights, mode=mode)
 
 

@@ -60,9 +60,7 @@ def choose_anchors(
     return sorted(eligible[number] for number in best.values())
 
 
-def cover(
-    candidates: Float[ndarray, "candidates dim"], users: Float[ndarray, "users dim"], count: int
-) -> list[int]:
+def cover(candidates: Float[ndarray, "candidates dim"], users: Float[ndarray, "users dim"], count: int) -> list[int]:
     """`count` candidates, in the order in which they are taken, such that users have a high cosine to their nearest.
 
     Each next one adds most to Σ over users of the largest cosine to one taken: facility location, at least 1 - 1/e of

@@ -24,7 +24,7 @@ def _vectors(count: int, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["exact", "svd", "linear", "as-released"])
-@pytest.mark.parametrize(("k", "retired", "shrinkage"), [(1, (), 0), (4, (), 0), (3, (0, 5), 2.5), (20, (2,), 0.5)])
+@pytest.mark.parametrize(("k", "retired", "shrinkage"), [(1, (), 0.0), (4, (), 0.0), (3, (0, 5), 2.5), (20, (2,), 0.5)])
 def test_many_routes_are_those_of_the_method(mode: str, k: int, retired: tuple[int, ...], shrinkage: float) -> None:
     embeddings, users = _vectors(ANCHORS, 0), _vectors(50, 1)
     factors = torch.zeros(ANCHORS, 1, 1)
