@@ -109,6 +109,16 @@ STAGES = (
         function="quickstart",
     ),
 )
+COMPARISON = (
+    Stage(
+        name="benchmark",
+        help="every method on every data set, with seeds, budgets, intervals and costs",
+        module="mta_ray.comparison.run",
+        config="BenchmarkConfig",
+        function="benchmark",
+    ),
+)
+"""Which method is better, and how sure that is."""
 WHOLE = ("run", "quickstart")
 """Stages that run all the others."""
 BANKS = (
@@ -259,7 +269,7 @@ SERVICE = (
 )
 """What the endpoint is run with; no jobs, for a cluster has no use for them."""
 
-ALL = (*STAGES, *BANKS, *SERVICE, *SIMULATIONS)
+ALL = (*STAGES, *COMPARISON, *BANKS, *SERVICE, *SIMULATIONS)
 
 MANUAL = """\
 mta - merge, then adapt: one frozen base model, and answers that are each user's own
@@ -279,6 +289,9 @@ STAGES, in the order in which the data goes; each reads what those before it wro
 
 ALL STAGES AT ONCE
 {whole}
+
+WHICH METHOD IS BETTER, and how sure that is
+{comparison}
 
 THE BANKS, in a store: a folder or a URL (s3://...) of versions that never change
 {banks}
@@ -469,6 +482,7 @@ def _manual() -> str:
     return MANUAL.format(
         stages=lines([stage for stage in STAGES if stage.name not in WHOLE]),
         whole=lines([stage for stage in STAGES if stage.name in WHOLE]),
+        comparison=lines(COMPARISON),
         banks=lines(BANKS),
         service=lines(SERVICE),
         simulations=lines(SIMULATIONS),

@@ -83,7 +83,7 @@ def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     s3_server.watch(None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model():  # noqa: ANN201
     """A function (seed) -> a random two-layer Llama of width 64 with the embedded model's tokenizer."""
     import torch

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mta_ray.cli import SIMULATIONS, STAGES
+from mta_ray.cli import COMPARISON, SIMULATIONS, STAGES
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.pipeline.progress import follow, open_board
 
@@ -175,7 +175,8 @@ def test_every_stage_has_a_job_that_shows_its_submit_line() -> None:
     submitted = [*STAGES, *(stage for stage in SIMULATIONS if stage.name == "simulate population")]
     names = {stage.name: stage.name.replace("-", "_").replace(" ", "_") for stage in submitted}
     assert {job for job in jobs if not job.startswith("benchmark_")} == set(names.values())
-    for stage in submitted:
+    names["benchmark"] = "benchmark_methods"
+    for stage in (*submitted, *COMPARISON):
         script = f"jobs/{names[stage.name]}.py"
         text = (ROOT / script).read_text()
         assert f"ray job submit --working-dir . -- python {script} --config " in text

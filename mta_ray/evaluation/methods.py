@@ -6,23 +6,21 @@ personalise. Nothing here scores anything.
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mta_ray.evaluation.asker import MERGED, STACK, Asker, history_bytes
 from mta_ray.lamp.prompts import nearest_items
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter, to_bytes
 from mta_ray.lora.bank import Bank
-from mta_ray.lora.slots import Route, put
 from mta_ray.model.backbone import RoutedModel
-from mta_ray.model.generate import answer
-from mta_ray.personalize.base_model import Wording, tokenised
-from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig, fused_adapter, route_users, stack_users
+from mta_ray.personalize.base_model import Wording
+from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig, fused_adapter, route_users
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.adapt_users import UserState
 
@@ -33,8 +31,6 @@ one for the default base, on the simulated population of seed 101; the released 
 RELEASED_FUSION = FusionConfig(k=2, mode="as-released")
 RELEASED_STACK = TrainConfig(rank=4, alpha=8.0, learning_rate=5e-5, steps=1, examples_per_step=8)
 """MTA's released settings: top 2, weights swapped, A and B averaged apart; rank 4, one epoch in batches of 8."""
-
-MERGED, STACK = "merged", "stack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +60,7 @@ class Methods:
 
     def __init__(self, routed: RoutedModel, bank: Bank, wording: Wording, oppu: TrainConfig = OPPU) -> None:
         self.routed, self.bank, self.wording, self.oppu_config = routed, bank, wording, oppu
+        self.asker = Asker(routed, wording)
 
     def run(self, pack: Pack) -> Iterator[Answers]:
         """All methods that apply to the task; the oracle only where the best answers are known."""
@@ -78,7 +75,7 @@ class Methods:
 
     def non_personalised(self, pack: Pack) -> Answers:
         """The base model alone."""
-        return Answers("non_personalised", self._answer(pack), 0, 0)
+        return Answers("non_personalised", self.asker.answers(pack.users), 0, 0)
 
     def majority_label(self, pack: Pack) -> Answers:
         """The user's most frequent target, whatever the query."""
@@ -93,20 +90,21 @@ class Methods:
 
     def rag(self, pack: Pack) -> Answers:
         """The base model with the nearest items of the history (BM25) in the prompt."""
-        predictions = self._answer(pack, context_items=self.wording.prompts.rag_items)
+        predictions = self.asker.answers(pack.users, context_items=self.wording.prompts.rag_items)
         return Answers("rag", predictions, _history_bytes(pack), 0)
 
     def oppu(self, pack: Pack) -> Answers:
         """One LoRA a user, trained on the user's items over the bare base model (OPPU, arXiv 2402.04401)."""
-        adapters, seconds = self._train(pack, self.oppu_config, None)
-        return Answers("oppu", self._answer(pack, {STACK: _own_slots(pack)}), len(to_bytes(adapters[0])), seconds)
+        adapters, seconds = self.asker.train_own(pack.users, self.oppu_config)
+        own = self.asker.load(STACK, adapters)
+        return Answers("oppu", self.asker.answers(pack.users, {STACK: own}), _stack_bytes(adapters), seconds)
 
     def nearest_anchor(self, pack: Pack) -> Answers:
         """The one nearest anchor's meta-LoRA."""
         started_s = time.perf_counter()
         routes = route_users(pack.vectors, self.bank, FusionConfig(k=1))
         seconds = (time.perf_counter() - started_s) / len(routes)
-        return Answers("nearest_anchor", self._answer(pack, {BANK: routes}), routes[0].bytes, seconds)
+        return Answers("nearest_anchor", self.asker.answers(pack.users, {BANK: routes}), routes[0].bytes, seconds)
 
     def mta_fusion(self, pack: Pack) -> Answers:
         """Stage 2: the k nearest anchors with softmax weights, nothing trained."""
@@ -116,13 +114,13 @@ class Methods:
         seconds = (time.perf_counter() - started_s) / len(pack.users)
         routes = [pack.states[user.id].route for user in pack.users]
         kept = float(np.mean([route.bytes for route in routes]))
-        return Answers("mta_fusion", self._answer(pack, {BANK: routes}), kept, seconds)
+        return Answers("mta_fusion", self.asker.answers(pack.users, {BANK: routes}), kept, seconds)
 
     def mta(self, pack: Pack) -> Answers:
         """Stages 2 and 3: the fused anchors with the user's own stack on top."""
         states = [pack.states[user.id] for user in pack.users]
-        self._load(STACK, [state.stack for state in states])
-        predictions = self._answer(pack, {BANK: [state.route for state in states], STACK: _own_slots(pack)})
+        own = self.asker.load(STACK, [state.stack for state in states])
+        predictions = self.asker.answers(pack.users, {BANK: [state.route for state in states], STACK: own})
         seconds = float(np.mean([state.seconds for state in states]))
         return Answers("mta", predictions, float(np.mean([state.bytes for state in states])), seconds)
 
@@ -130,69 +128,23 @@ class Methods:
         """MTA as its released code does it: swapped weights, factors averaged apart, one epoch of rank 4."""
         started_s = time.perf_counter()
         routes = route_users(pack.vectors, self.bank, replace(RELEASED_FUSION, k=min(2, len(self.bank))))
-        self._load(MERGED, [fused_adapter(route, self.bank, "as-released") for route in routes])
+        below = self.asker.load(MERGED, [fused_adapter(route, self.bank, "as-released") for route in routes])
         merged_s = (time.perf_counter() - started_s) / len(pack.users)
-        below = _own_slots(pack)
-        adapters, seconds = self._train(pack, RELEASED_STACK, {MERGED: below}, is_one_epoch=True)
-        predictions = self._answer(pack, {MERGED: below, STACK: _own_slots(pack)})
+        adapters, seconds = self.asker.train_own(pack.users, RELEASED_STACK, {MERGED: below}, is_one_epoch=True)
+        own = self.asker.load(STACK, adapters)
+        predictions = self.asker.answers(pack.users, {MERGED: below, STACK: own})
         # A merged adapter cannot be shared: it is kept for each user, beside the stack.
-        kept = len(to_bytes(adapters[0])) + self.bank.bytes / len(self.bank) / 2
+        kept = _stack_bytes(adapters) + self.bank.bytes / len(self.bank) / 2
         return Answers("as_released", predictions, kept, merged_s + seconds)
 
     def oracle(self, pack: Pack) -> Answers:
         """The best possible answers; only the simulator knows them."""
         return Answers("oracle", [q.best or "" for user in pack.users for q in user.queries], 0, 0)
 
-    def _answer(
-        self, pack: Pack, routes: Mapping[str, Sequence[Route]] | None = None, *, context_items: int | None = None
-    ) -> list[str]:
-        prompts = [e.prompt for user in pack.users for e in self.wording.queries(user, context_items=context_items)]
-        counts = [len(user.queries) for user in pack.users]
-        by_query = {
-            s: [r for r, n in zip(rows, counts, strict=True) for _ in range(n)] for s, rows in (routes or {}).items()
-        }
-        return answer(self.routed, prompts, by_query, max_new_tokens=self.wording.task.max_new_tokens)
 
-    def _train(
-        self,
-        pack: Pack,
-        config: TrainConfig,
-        below: Mapping[str, Sequence[Route]] | None,
-        *,
-        is_one_epoch: bool = False,
-    ) -> tuple[list[Adapter], float]:
-        """Own adapters of the pack's users, put on the shelf `stack`; and the seconds of one user.
-
-        With `is_one_epoch` each user takes as many steps as meet every item once; those with as many share a pack.
-        """
-        started_s = time.perf_counter()
-        groups: dict[int, list[int]] = defaultdict(list)
-        for n, user in enumerate(pack.users):
-            epoch = math.ceil(len(user.history) / config.examples_per_step)
-            groups[epoch if is_one_epoch else config.steps].append(n)
-        adapters: dict[int, Adapter] = {}
-        for steps, members in groups.items():
-            work = []
-            for n in members:
-                background = {shelf: routes[n] for shelf, routes in below.items()} if below else None
-                examples = tokenised(self.routed.backbone, self.wording.history(pack.users[n]))
-                work.append((pack.users[n].id, examples, background))
-            trained = stack_users(self.routed, work, replace(config, steps=steps)).adapters
-            adapters |= dict(zip(members, trained, strict=True))
-        in_order = [adapters[n] for n in range(len(pack.users))]
-        self._load(STACK, in_order)
-        return in_order, (time.perf_counter() - started_s) / len(pack.users)
-
-    def _load(self, shelf: str, adapters: Sequence[Adapter]) -> None:
-        rank = adapters[0].rank
-        self.routed.add_shelf(shelf, slots=len(adapters), rank=rank, alpha=adapters[0].scale * rank)
-        for slot, adapter in enumerate(adapters):
-            put(self.routed.layers, shelf, slot, adapter)
-
-
-def _own_slots(pack: Pack) -> list[Route]:
-    return [Route(slots=(n,), weights=(1.0,)) for n in range(len(pack.users))]
+def _stack_bytes(adapters: Sequence[Adapter | None]) -> float:
+    return float(np.mean([len(to_bytes(adapter)) if adapter else 0 for adapter in adapters]))
 
 
 def _history_bytes(pack: Pack) -> float:
-    return float(np.mean([sum(len(f"{i.content}{i.target}".encode()) for i in user.history) for user in pack.users]))
+    return float(np.mean([history_bytes(user) for user in pack.users]))

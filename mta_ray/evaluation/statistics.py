@@ -1,4 +1,4 @@
-"""How sure a difference is: paired gains of two methods on the same queries, and a bootstrap interval over users."""
+"""How sure a difference is: paired gains on the same queries, bootstrap intervals and tests over users."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.stats import permutation_test
 
 _DRAWS_AT_ONCE = 2_000_000
 """Resampled users held in memory at a time (16 MB of indices)."""
@@ -63,24 +64,64 @@ def paired_bootstrap(
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} gains are not finite; mend the scores")
 
-    # 1. users in the order of their ids: the order of rows changes nothing
+    # users in the order of their ids: the order of rows changes nothing
     owner = pd.factorize(pd.Series(user_ids).astype(str), sort=True)[0]
     totals: np.ndarray = np.bincount(owner, weights=values)
     weights: np.ndarray = np.bincount(owner).astype(np.float64)
     if per == "user":
         totals, weights = totals / weights, np.ones_like(weights)
-    mean = float(totals.sum() / weights.sum())
+    return bootstrap(totals[:, None], weights, samples=samples, seed=seed)[0]
+
+
+def bootstrap(totals: np.ndarray, weights: np.ndarray, *, samples: int = 2000, seed: int = 0) -> list[Interval]:
+    """Each column's mean, sum of its totals over sum of the weights, with its percentile 95% interval.
+
+    `totals` (users, columns), `weights` (users,): the same users are drawn for all columns.
+    """
+    means = totals.sum(0) / weights.sum()
     if len(totals) < 2:
-        return Interval(mean=mean, low=float("nan"), high=float("nan"))
+        return [Interval(mean=float(mean), low=float("nan"), high=float("nan")) for mean in means]
 
-    # 2. draw as many users, with replacement, `samples` times
-    means = np.concatenate(
-        [totals[drawn].sum(1) / weights[drawn].sum(1) for drawn in _draws(len(totals), samples, seed)]
+    # 1. draw as many users, with replacement, `samples` times
+    found = []
+    for drawn in _draws(len(totals), samples, seed):
+        rows = np.arange(len(drawn))[:, None] * len(totals)
+        times = np.bincount((rows + drawn).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+        found.append(times @ totals / (times @ weights)[:, None])
+
+    # 2. percentiles
+    low, high = np.percentile(np.concatenate(found), [2.5, 97.5], axis=0)
+    return [Interval(mean=float(m), low=float(a), high=float(b)) for m, a, b in zip(means, low, high, strict=True)]
+
+
+def sign_flip_p(differences: Sequence[float] | np.ndarray, *, samples: int = 9999, seed: int = 0) -> float:
+    """Two-sided p-value of users' mean differences, one number a user: were they as often the other way round?
+
+    A paired permutation test: each user's sign is flipped or not. All 2^users flips where they are at most `samples`,
+    else so many drawn ones. One user says nothing about others: 1.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2 or not values.any():
+        return 1.0
+    found = permutation_test(
+        (values,), _mean, permutation_type="samples", vectorized=True, n_resamples=samples, batch=500, rng=seed
     )
+    return float(found.pvalue)
 
-    # 3. percentiles
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(mean=mean, low=float(low), high=float(high))
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number (Holm 1979, step-down): of all that are below α, with chance 1 - α none
+    is there by chance."""
+    order = np.argsort(p_values, kind="stable")
+    raised = np.asarray(p_values, dtype=np.float64)[order] * np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(np.maximum.accumulate(raised), 1.0)
+    return corrected.tolist()
+
+
+def _mean(values: np.ndarray, axis: int) -> Any:
+    # Rounded, so that flips which give the same mean are equal whatever the order of the sum.
+    return np.round(values.mean(axis=axis), 12)
 
 
 def _draws(users: int, samples: int, seed: int) -> Iterator[np.ndarray]:

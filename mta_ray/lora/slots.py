@@ -26,7 +26,8 @@ class Route:
     weights: tuple[float, ...]
     """One number for each slot."""
     coefficients: Mapping[str, Float[Tensor, "k rank"]] | None = None
-    """Module name to one factor for each (slot, rank) pair; multiplies `weights`. None: all ones."""
+    """Module name to one factor for each (slot, rank) pair, or (k, 1) to one for each slot; multiplies `weights`. None:
+    all ones."""
 
     def __post_init__(self) -> None:
         if len(self.slots) != len(self.weights) or not self.slots:
@@ -50,7 +51,7 @@ class Routing:
     weights: Tensor
     """(rows, k), the layer's dtype."""
     coefficients: Mapping[str, Tensor] | None = None
-    """Module name to (rows, k, rank)."""
+    """Module name to (rows, k, rank), or (rows, k, 1) where no route tells a slot's directions apart."""
 
     @classmethod
     def of(cls, routes: Sequence[Route], *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Routing:
@@ -64,7 +65,7 @@ class Routing:
         with_coefficients = [route.coefficients for route in routes if route.coefficients]
         coefficients: dict[str, Tensor] = {}
         for module in with_coefficients[0] if with_coefficients else ():
-            rank = with_coefficients[0][module].shape[1]
+            rank = max(each[module].shape[1] for each in with_coefficients)
             rows = torch.ones(len(routes), k, rank, dtype=dtype)
             for row, route in enumerate(routes):
                 if route.coefficients:

@@ -255,7 +255,8 @@ class _Pack:
         """(slots,) summed loss of each slot's rows of this worker, and the loss to go backward from."""
         batches = by_length(rows, lambda row: len(row[1].ids))
         if self.engine.is_whole and self.routed.device.type == "cpu":
-            batches = [part for batch in batches for part in _parts(batch, CPU_TOKENS * self.engine.world_size)]
+            most = CPU_TOKENS * self.engine.world_size
+            batches = [part for batch in batches for part in parts_of(batch, lambda row: len(row[1].ids), most)]
         sums, losses = torch.zeros(len(tokens), device=self.routed.device), []
         gradients: list[Tensor] = []
         for batch in batches:
@@ -314,7 +315,7 @@ def parameter_names(routed: RoutedModel) -> list[str]:
 
 def initial_down(layer: SlotLinear, job_id: str, config: TrainConfig) -> Tensor:
     """A as PEFT draws it: Kaiming uniform with a = √5, so U(-1/√fan_in, 1/√fan_in); (rank, fan_in)."""
-    seed = _seed(config.seed, f"{layer.name}#{'0' if config.shared_init else job_id}")
+    seed = seed_of(config.seed, f"{layer.name}#{'0' if config.shared_init else job_id}")
     generator = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(layer.base.in_features)
     return (torch.rand(config.rank, layer.base.in_features, generator=generator) * 2 - 1) * bound
@@ -331,13 +332,13 @@ def by_length(rows: Sequence[RowT], length: Callable[[RowT], int]) -> list[list[
     return [ordered[:cut], ordered[cut:]]
 
 
-def _parts(rows: list[tuple[int, Tokens]], tokens: int) -> Iterator[list[tuple[int, Tokens]]]:
+def parts_of(rows: Sequence[RowT], length: Callable[[RowT], int], tokens: int) -> Iterator[list[RowT]]:
     """The rows, which are in order of length, in turn: as many at once as have so many tokens."""
     while rows:
         take = len(rows)
-        while take > 1 and take * len(rows[take - 1][1].ids) > tokens:
+        while take > 1 and take * length(rows[take - 1]) > tokens:
             take -= 1
-        yield rows[:take]
+        yield list(rows[:take])
         rows = rows[take:]
 
 
@@ -358,7 +359,7 @@ def _adapter(routed: RoutedModel, state: SlotState) -> Adapter:
 
 def draw_examples(examples: Sequence[Tokens], config: TrainConfig, job_id: str) -> Iterator[list[Tokens]]:
     """Endless steps' worth of examples: shuffled epochs, of this job's own random stream."""
-    rng = np.random.default_rng(_seed(config.seed, job_id))
+    rng = np.random.default_rng(seed_of(config.seed, job_id))
     queue: list[int] = []
     while True:
         while len(queue) < config.examples_per_step:
@@ -378,5 +379,6 @@ def _gathering(routed: RoutedModel) -> Iterator[None]:
         routed.router.kernel = before
 
 
-def _seed(seed: int, text: str) -> int:
+def seed_of(seed: int, text: str) -> int:
+    """A seed of its own for each text."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{text}".encode()).digest()[:7], "little")

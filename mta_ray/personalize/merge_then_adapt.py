@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
+from torch import Tensor
 
-from mta_ray.lora.adapter import Adapter
+from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.bank import Bank
 from mta_ray.lora.fusion import FusionMode, fuse, fusion_weights
 from mta_ray.lora.slots import Route
@@ -36,12 +37,16 @@ class FusionConfig:
     """Of the softmax over cosines; lower trusts the nearest anchor more."""
     mode: FusionMode = "exact"
     """`exact` (ours) needs no merging; the others are materialised as one adapter a user."""
+    shrinkage: float = 0.0
+    """Items n0 of a history that is trusted by half: weights are multiplied by n / (n + n0) for n items. 0: off."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
+        if not 0 <= self.shrinkage < math.inf:
+            raise ValueError(f"shrinkage must be at least 0 items and finite, got {self.shrinkage}")
 
 
 def encode(means: Float[ndarray, "users dim"], center: Float[ndarray, " dim"]) -> Float[ndarray, "users dim"]:
@@ -51,16 +56,25 @@ def encode(means: Float[ndarray, "users dim"], center: Float[ndarray, " dim"]) -
 
 
 def route_users(
-    vectors: Float[ndarray, "users dim"], bank: Bank, config: FusionConfig, *, without: Collection[int] = ()
+    vectors: Float[ndarray, "users dim"],
+    bank: Bank,
+    config: FusionConfig,
+    *,
+    without: Collection[int] = (),
+    items: Sequence[int] | None = None,
 ) -> list[Route]:
     """Each user's route through the bank: the k nearest anchors with their weights (MTA, stage 2).
 
     `vectors` are what `encode` gives with the bank's centre. A zero vector (no history yet) is the documented cold
     start: every anchor alike. `without` are slots whose anchors are out of service; the others take their place.
+    `items` are the users' history items, which only shrinkage asks for: then one without history has weights of 0.
+    Raises ValueError where all anchors are out of service, and for shrinkage without items.
     """
     in_service = np.array([slot for slot in range(len(bank)) if slot not in without])
     if not len(in_service):
         raise ValueError(f"all {len(bank)} anchors of the bank are out of service; build it again")
+    if config.shrinkage and items is None:
+        raise ValueError("shrinkage goes by how many history items a user has; give items, or leave shrinkage at 0")
     k = min(config.k, len(in_service))
     found = nearest(vectors, bank.embeddings[in_service], k)
     everyone = Route(slots=tuple(in_service.tolist()), weights=(1 / len(in_service),) * len(in_service))
@@ -71,12 +85,19 @@ def route_users(
             continue
         weights = fusion_weights(cosines.tolist(), mode=config.mode, temperature=config.temperature)
         routes.append(Route(slots=tuple(slots.tolist()), weights=weights))
-    return routes
+    if not config.shrinkage or items is None:
+        return routes
+    return [_shrunk(route, count / (count + config.shrinkage)) for route, count in zip(routes, items, strict=True)]
 
 
 def fused_adapter(route: Route, bank: Bank, mode: FusionMode) -> Adapter:
-    """The route as one adapter, for export and for the modes that are not sums of ΔW."""
-    return fuse([bank.adapter(slot) for slot in route.slots], route.weights, mode=mode)
+    """The route as one adapter, with its coefficients: for export and for the modes that are not sums of ΔW."""
+    anchors = [bank.adapter(slot) for slot in route.slots]
+    if route.coefficients:
+        anchors = [
+            _scaled(anchor, {m: c[j] for m, c in route.coefficients.items()}) for j, anchor in enumerate(anchors)
+        ]
+    return fuse(anchors, route.weights, mode=mode)
 
 
 def stack_users(
@@ -92,3 +113,12 @@ def stack_users(
     """
     jobs = [Job(id=user_id, examples=examples, background=below) for user_id, examples, below in users]
     return train_pack(routed, jobs, config, on_step=on_step)
+
+
+def _shrunk(route: Route, strength: float) -> Route:
+    return replace(route, weights=tuple(weight * strength for weight in route.weights))
+
+
+def _scaled(adapter: Adapter, by: Mapping[str, Float[Tensor, " #rank"]]) -> Adapter:
+    factors = {m: Factors(down=by[m][:, None] * f.down, up=f.up) for m, f in adapter.factors.items()}
+    return Adapter(factors=factors, scale=adapter.scale)

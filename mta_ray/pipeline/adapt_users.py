@@ -150,7 +150,8 @@ def adapt_users(config: AdaptUsersConfig) -> str:
     rows = [r for r in range(len(table.user_ids)) if table.items[r]] if config.everybody else tested
     if not rows:
         raise ValueError("the split leaves nobody to adapt; raise split.max_few_shot or split.max_rest")
-    routes = route_users(encode(table.means[rows], bank.center), bank, config.fusion)
+    vectors, items = encode(table.means[rows], bank.center), [table.items[row] for row in rows]
+    routes = route_users(vectors, bank, config.fusion, items=items)
     route_of = {table.user_ids[row]: route for row, route in zip(rows, routes, strict=True)}
 
     # 2. stacks: packs of users, over the actors

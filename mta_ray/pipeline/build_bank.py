@@ -27,7 +27,7 @@ from mta_ray.pipeline.bank.train_adapters import train_adapters
 from mta_ray.pipeline.embed_users import Embeddings, read_embeddings
 from mta_ray.pipeline.group import GroupConfig
 from mta_ray.pipeline.split import SplitConfig, split_users
-from mta_ray.similarity.anchors import choose_anchors
+from mta_ray.similarity.anchors import AnchorChoice, choose_anchors
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,10 @@ class BuildBankConfig:
     out: str = "bank"
     """Folder or fsspec URL of the bank; what is finished lies in OUT.adapters until the bank is whole."""
     anchors: int = 14
-    """Clusters of candidate users; each gives at most one anchor."""
+    """Anchors to choose. By clusters there can be fewer: as many clusters, and each gives at most one."""
+    choice: AnchorChoice = "longest"
+    """Of each cluster's users the `longest` history (as the paper), or the `medoid`; or the users that `cover` all
+    others best; or `random` ones."""
     min_items: int = 11
     """An anchor has at least so many history items."""
     is_centered: bool = True
@@ -190,5 +193,6 @@ def _anchors(table: Embeddings, config: BuildBankConfig) -> tuple[np.ndarray, np
         anchors=config.anchors,
         min_items=config.min_items,
         seed=config.train.seed,
+        choice=config.choice,
     )
     return center, vectors, [rows[i] for i in chosen]

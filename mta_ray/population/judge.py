@@ -135,7 +135,9 @@ class _Judge:
             if question.anchors is not None:
                 without = set(range(len(bank))) - set(question.anchors)
             vectors = encode(self._means(question.known, question.items or self.config.max_items, bank), bank.center)
-            found = route_users(vectors, bank, question.fusion, without=without)
+            people = self.known[question.known] if question.known else self.users
+            items = [min(len(user.history), question.items or len(user.history)) for user in people]
+            found = route_users(vectors, bank, question.fusion, without=without, items=items)
             routes = {shelf: [route for user, route in zip(self.users, found, strict=True) for _ in user.queries]}
         said = answer(self.routed, self.prompts, routes, max_new_tokens=self.wording.task.max_new_tokens)
         labels = self.wording.labels or None

@@ -34,11 +34,11 @@ class ServedBank:
 
     def cold_start(self) -> Route | None:
         """Of a user without history: every anchor alike. None (the base model alone) where none is in service."""
-        return self._route(np.zeros_like(self.bank.center))
+        return self._route(np.zeros_like(self.bank.center), 0)
 
     def compute(self, state: UserState) -> UserRoute | None:
         """The route of a user with a history, to be kept. None where no anchor is in service."""
-        route = self._route(state.item_sum.mean)
+        route = self._route(state.item_sum.mean, state.item_sum.items)
         if route is None or not state.items:
             return None
         return UserRoute(
@@ -60,11 +60,11 @@ class ServedBank:
         slot_of = {anchor: slot for slot, anchor in enumerate(self.anchors)}
         return Route(slots=tuple(slot_of[anchor] for anchor in route.anchors), weights=route.weights)
 
-    def _route(self, mean: np.ndarray) -> Route | None:
+    def _route(self, mean: np.ndarray, items: int) -> Route | None:
         if len(self.retired) == len(self.bank):
             return None
         vectors = encode(mean[None].astype(np.float32), self.bank.center)
-        return route_users(vectors, self.bank, self.fusion, without=self.retired)[0]
+        return route_users(vectors, self.bank, self.fusion, without=self.retired, items=[items])[0]
 
 
 def load_served(published: PublishedBank, *, base_fingerprint: str, fusion: FusionConfig) -> ServedBank:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mta_ray.evaluation.methods import MERGED, RELEASED_STACK, STACK, Methods, Pack
+from mta_ray.evaluation.asker import MERGED, STACK
+from mta_ray.evaluation.methods import RELEASED_STACK, Methods, Pack
 from mta_ray.lamp.tasks import MOVIE_TAGS, task_named
 from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.bank import assemble

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mta_ray.evaluation.statistics import paired_bootstrap, paired_gains
+from mta_ray.evaluation.statistics import bootstrap, holm, paired_bootstrap, paired_gains, sign_flip_p
 
 
 def test_a_constant_gain_is_certain():
@@ -115,3 +115,40 @@ def test_unpaired_queries_are_refused():
     frame = pd.DataFrame(rows("mta", {("a", "1"): 1.0, ("a", "2"): 1.0}) + rows("base", {("a", "1"): 0.0}))
     with pytest.raises(ValueError, match="mta and base did not answer the same queries: 1 of 2"):
         paired_gains(frame, "mta", "base")
+
+
+def test_columns_are_resampled_with_the_same_users_and_as_each_alone():
+    generator = np.random.default_rng(2)
+    owner, values = generator.permutation(np.arange(60) % 12), generator.normal(size=(60, 3))
+    totals = np.stack([np.bincount(owner, weights=column) for column in values.T], axis=1)
+    found = bootstrap(totals, np.bincount(owner).astype(float), samples=500, seed=4)
+    for interval, column in zip(found, values.T, strict=True):
+        # user ids of two digits, so that their order as text is that of the numbers
+        alone = paired_bootstrap(owner + 10, column, samples=500, seed=4)
+        assert (interval.mean, interval.low) == (pytest.approx(alone.mean), pytest.approx(alone.low))
+    totals[:, 2] = totals[:, 0] + np.bincount(owner)  # the same, and 1 more in each query
+    first, _, third = bootstrap(totals, np.bincount(owner).astype(float), samples=500)
+    assert third.high - first.high == pytest.approx(1)
+
+
+def test_sign_flips_against_all_of_them():
+    values = np.array([0.5, 0.25, -0.125, 1.0, 0.0, 0.75, 0.3])
+    flips = [abs(np.mean(values * signs)) for signs in itertools.product((1, -1), repeat=7)]
+    exact = np.mean([flip >= abs(values.mean()) - 1e-9 for flip in flips])
+    assert sign_flip_p(values) == pytest.approx(exact)
+    assert sign_flip_p(-values) == pytest.approx(exact)
+    assert sign_flip_p([0.0, 0.0]) == sign_flip_p([1.0]) == 1.0
+
+
+def test_without_a_difference_one_p_value_in_twenty_is_below_a_twentieth():
+    generator = np.random.default_rng(8)
+    below = sum(sign_flip_p(generator.normal(size=30), samples=399, seed=trial) <= 0.05 for trial in range(400))
+    assert 0.02 <= below / 400 <= 0.08  # binomial: 0.05 ± 0.03
+
+
+def test_holm_by_hand():
+    # sorted .005 x4, .01 x3, .03 x2, .04 x1 = .02, .03, .06, .04; none is below one before it
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -37,6 +37,17 @@ def test_gradients_equal_the_reference(kernel):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("kernel", [gather, dense, reference])
+@pytest.mark.parametrize("per_rank", [False, True])
+def test_gradients_of_the_weights_are_those_of_finite_differences(kernel, per_rank):
+    torch.manual_seed(4)
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    down, up = torch.randn(4, 2, 5, dtype=torch.float64), torch.randn(4, 2, 6, dtype=torch.float64)
+    chosen = torch.tensor([[0, 1], [1, 3], [2, 2]])
+    weights = torch.randn(3, 2, 2 if per_rank else 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: kernel(x, down, up, chosen, w), (weights,))
+
+
 def test_a_rows_result_does_not_depend_on_its_neighbours():
     torch.manual_seed(3)
     x, down, up = torch.randn(6, 2, 8), torch.randn(4, 2, 8), torch.randn(4, 2, 8)

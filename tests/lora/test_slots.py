@@ -124,6 +124,27 @@ def test_coefficients_scale_single_directions(tiny_model):
     torch.testing.assert_close(got, layer.base(x) + x @ dense.T, atol=1e-5, rtol=1e-5)
 
 
+def test_rows_with_finer_coarser_and_no_coefficients_share_a_batch(tiny_model):
+    routed = RoutedModel(tiny_model())
+    _fill(routed, _adapters(routed, 2))
+    of_slots = {name: torch.rand(2, 1) for name in routed.layers}
+    rows = [
+        Route(slots=(1, 0), weights=(0.5, 0.5), coefficients=of_slots),
+        Route(slots=(1, 0), weights=(0.5, 0.5), coefficients={name: c.expand(2, 4) for name, c in of_slots.items()}),
+        Route(slots=(1,), weights=(0.5,)),
+    ]
+    name, layer = next(iter(routed.layers.items()))
+    x = torch.randn(1, 5, layer.base.in_features).repeat(3, 1, 1)
+    with routed.router.using(bank=routed.routing(rows)):
+        together = layer(x)
+    for row, route in enumerate(rows):
+        with routed.router.using(bank=routed.routing([route])):
+            torch.testing.assert_close(together[row], layer(x[:1])[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(together[0], together[1])
+    assert not torch.allclose(together[0], together[2], atol=1e-3)
+    assert [route.bytes for route in rows] == [8 + 2 * 2 * 4, 8 + 2 * 8 * 4, 4]  # four adapted layers
+
+
 def test_put_and_take_are_inverse_and_a_misfit_changes_nothing(tiny_model):
     routed = RoutedModel(tiny_model())
     adapter, thin = _adapters(routed, 1)[0], _adapters(routed, 1, rank=2)[0]

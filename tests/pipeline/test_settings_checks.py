@@ -6,6 +6,7 @@ import pytest
 
 from mta_ray.personalize.base_model import PromptConfig
 from mta_ray.personalize.merge_then_adapt import FusionConfig
+from mta_ray.personalize.searched_weights import SearchConfig
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.adapt_users import ActorConfig
 from mta_ray.pipeline.prepare_users import PrepareUsersConfig
@@ -20,6 +21,9 @@ NAN, INF = float("nan"), float("inf")
     ("config", "name", "wrong"),
     [
         *((FusionConfig, "temperature", value) for value in (0.0, -1.0, NAN, INF)),
+        *((FusionConfig, "shrinkage", value) for value in (-1.0, NAN, INF)),
+        *((SearchConfig, "spread", value) for value in (0.0, NAN, INF)),
+        *((SearchConfig, name, value) for name, value in (("generations", 0), ("candidates", 1), ("max_examples", 0))),
         *((TrainConfig, "learning_rate", value) for value in (0.0, NAN, INF)),
         *((TrainConfig, "warmup_fraction", value) for value in (-0.1, 1.1, NAN)),
         *((TrainConfig, "weight_decay", value) for value in (-0.1, NAN, INF)),

@@ -24,8 +24,8 @@ def _vectors(count: int, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["exact", "svd", "linear", "as-released"])
-@pytest.mark.parametrize(("k", "retired"), [(1, ()), (4, ()), (3, (0, 5)), (20, (2,))])
-def test_many_routes_are_those_of_the_method(mode: str, k: int, retired: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("k", "retired", "shrinkage"), [(1, (), 0.0), (4, (), 0.0), (3, (0, 5), 2.5), (20, (2,), 0.5)])
+def test_many_routes_are_those_of_the_method(mode: str, k: int, retired: tuple[int, ...], shrinkage: float) -> None:
     embeddings, users = _vectors(ANCHORS, 0), _vectors(50, 1)
     factors = torch.zeros(ANCHORS, 1, 1)
     bank = Bank(
@@ -47,15 +47,16 @@ def test_many_routes_are_those_of_the_method(mode: str, k: int, retired: tuple[i
         version="v",
         retired=retired,
     )
-    fusion = FusionConfig(k=k, mode=mode, temperature=0.07)  # type: ignore[arg-type]
-    found = route_many(users, anchors, fusion)
-    for row, route in enumerate(route_users(users, bank, fusion, without=retired)):
+    fusion = FusionConfig(k=k, mode=mode, temperature=0.07, shrinkage=shrinkage)  # type: ignore[arg-type]
+    items = np.arange(1, len(users) + 1)
+    found = route_many(users, anchors, fusion, items)
+    for row, route in enumerate(route_users(users, bank, fusion, without=retired, items=items.tolist())):
         assert tuple(found.slots[row]) == route.slots
         np.testing.assert_allclose(found.weights[row], route.weights, rtol=0, atol=1e-9)
     assert (np.diff(found.cosines, axis=1) <= 0).all()
 
     with pytest.raises(ValueError, match="out of service"):
-        route_many(users, dataclasses.replace(anchors, retired=tuple(range(ANCHORS))), fusion)
+        route_many(users, dataclasses.replace(anchors, retired=tuple(range(ANCHORS))), fusion, items)
 
 
 def test_balance_of_known_loads() -> None:

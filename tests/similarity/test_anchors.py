@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mta_ray.similarity.anchors import choose_anchors, unit
+from mta_ray.similarity.anchors import choose_anchors, cover, unit
 from mta_ray.similarity.embedding import Encoder
-from mta_ray.similarity.neighbours import nearest
+from mta_ray.similarity.neighbours import cluster, nearest
 
 
 def _three_clusters() -> tuple[list[str], np.ndarray, list[int]]:
@@ -31,6 +31,43 @@ def test_short_histories_are_no_anchors_and_order_changes_nothing():
     assert sorted(29 - row for row in turned) == [8, 19, 29]
     with pytest.raises(ValueError, match="min-items"):
         choose_anchors(ids, vectors, [3] * 30, anchors=3, min_items=11, seed=0)
+
+
+def test_medoids_are_nearest_to_their_clusters_and_covering_anchors_are_what_plain_greed_takes():
+    rng = np.random.default_rng(2)
+    vectors = unit(rng.standard_normal((40, 5)).astype(np.float32))
+    ids = [f"u{n:02d}" for n in range(40)]
+    items = rng.integers(1, 40, 40).tolist()
+    able = [row for row in range(40) if items[row] >= 11]
+    cosines = vectors.astype(np.float64) @ vectors.astype(np.float64).T
+
+    labels = cluster(vectors[able], 4, seed=3)
+    members = [[row for row, label in zip(able, labels, strict=True) if label == one] for one in range(4)]
+    medoids = sorted(max(rows, key=lambda row: cosines[row, rows].sum()) for rows in members)
+    assert choose_anchors(ids, vectors, items, anchors=4, min_items=11, seed=3, choice="medoid") == medoids
+
+    taken: list[int] = []  # every gain computed anew for each anchor; all users count, also those with few items
+    while len(taken) < 6:
+        taken.append(max(set(able) - set(taken), key=lambda row: cosines[:, [*taken, row]].max(axis=1).sum()))
+    assert choose_anchors(ids, vectors, items, anchors=6, min_items=11, seed=3, choice="cover") == sorted(taken)
+    assert [able[n] for n in cover(vectors[able], vectors, 6)] == taken
+    assert len(cover(vectors[able], vectors, len(able))) == len(able)
+    with pytest.raises(ValueError, match="at least 1"):
+        cover(vectors, vectors, 41)
+
+
+@pytest.mark.parametrize("choice", ["medoid", "cover", "random"])
+def test_any_choice_takes_long_histories_only_and_order_changes_nothing(choice):
+    ids, vectors, items = _three_clusters()
+    items = items[::-1]  # the last ten have fewer than 21
+    chosen = choose_anchors(ids, vectors, items, anchors=5, min_items=21, seed=0, choice=choice)
+    assert len(set(chosen)) == len(chosen) == 5 and max(chosen) < 20
+    turned = choose_anchors(
+        ids[::-1], vectors[::-1].copy(), items[::-1], anchors=5, min_items=21, seed=0, choice=choice
+    )
+    assert sorted(29 - row for row in turned) == chosen
+    if choice == "random":
+        assert chosen != choose_anchors(ids, vectors, items, anchors=5, min_items=21, seed=1, choice=choice)
 
 
 def test_nearest_equals_a_brute_force_search():

@@ -92,7 +92,9 @@ def anchors_of_sample(
     )
 
 
-def route_many(vectors: Float[ndarray, "users dim"], anchors: Anchors, fusion: FusionConfig) -> Routes:
+def route_many(
+    vectors: Float[ndarray, "users dim"], anchors: Anchors, fusion: FusionConfig, items: Int[ndarray, " users"]
+) -> Routes:
     """The k nearest anchors of each user and their weights; every user has a history (no vector is zero)."""
     in_service = np.array([slot for slot in range(len(anchors.ids)) if slot not in anchors.retired])
     if not len(in_service):
@@ -106,7 +108,8 @@ def route_many(vectors: Float[ndarray, "users dim"], anchors: Anchors, fusion: F
         shares = cosines.clip(min=0)
         shares[shares.sum(axis=1) == 0] = 1.0
         shares = shares[:, ::-1] if fusion.mode == "as-released" else shares
-    weights = shares / shares.sum(axis=1, keepdims=True)
+    strength = items / (items + fusion.shrinkage)
+    weights = shares / shares.sum(axis=1, keepdims=True) * strength[:, None]
     return Routes(slots=in_service[found.indices], weights=weights, cosines=found.similarities)
 
 

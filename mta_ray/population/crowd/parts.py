@@ -166,7 +166,7 @@ def route_part(batch: pa.Table, plan: CrowdPlan) -> pa.Table:
     """The part with each user's anchors, their weights and cosines."""
     began_s = time.perf_counter()
     vectors = encode(vectors_of(batch["mean"]), plan.anchors.center)
-    routes = route_many(vectors, plan.anchors, plan.fusion)
+    routes = route_many(vectors, plan.anchors, plan.fusion, batch["items"].to_numpy())
     for name, values in (
         ("slots", routes.slots.astype(np.int32)),
         ("weights", routes.weights.astype(np.float32)),

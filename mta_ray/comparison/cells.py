@@ -1,0 +1,229 @@
+"""Cells: one method at one budget with one seed on one data set; planned, written one by one, and put together again.
+
+A cell's name is a hash of everything that decides its answers, so one that is there need not be made again. A user whom
+a budget does not cut is answered as with the whole history: such users stand in the cell of the budget `all` alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mta_ray.artifacts import canonical_json, jsonable
+from mta_ray.comparison.datasets import Subjects, cut, is_cut, prompt_hash, read_tested
+from mta_ray.comparison.recipes import Recipe
+from mta_ray.comparison.results import ALL
+from mta_ray.lamp.metrics import query_score
+from mta_ray.personalize.base_model import Wording
+
+RESULTS = pa.schema(
+    [
+        ("dataset", pa.string()),
+        ("task", pa.string()),
+        ("method", pa.string()),
+        ("rag", pa.bool_()),
+        ("budget", pa.string()),
+        ("seed", pa.int32()),
+        ("user_id", pa.string()),
+        ("query_id", pa.string()),
+        ("history_items", pa.int32()),
+        ("full_history_items", pa.int32()),
+        ("few_shot", pa.bool_()),
+        ("prompt_hash", pa.string()),
+        ("gold", pa.string()),
+        ("prediction", pa.string()),
+        ("score", pa.float64()),
+    ]
+)
+"""`results.parquet`: one row a prediction. `history_items` are those within the budget; a higher score is better."""
+COSTS = pa.schema(
+    [
+        ("dataset", pa.string()),
+        ("method", pa.string()),
+        ("rag", pa.bool_()),
+        ("budget", pa.string()),
+        ("seed", pa.int32()),
+        ("bytes_per_user", pa.float64()),
+        ("seconds_per_user", pa.float64()),
+        ("training_device_seconds", pa.float64()),
+        ("bank_device_seconds", pa.float64()),
+        ("decode_tokens_per_s", pa.float64()),
+    ]
+)
+"""`costs.parquet`: one row a cell. Seconds are those to personalise; training is of all users together."""
+ORDER = ["dataset", "method", "rag", "budget", "seed"]
+_ANSWERS = pa.schema(
+    [("user_id", pa.string()), ("query_id", pa.string()), ("prompt_hash", pa.string()), ("prediction", pa.string())]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """What has to be answered, and with what."""
+
+    dataset: str
+    recipe: Recipe
+    rag: bool
+    budget: str
+    seed: int
+    whole: bool
+    """Whether the same method's cell with the whole history is there too: then only users that are cut are in here."""
+    tested: str
+    """Path of the `tested-users` artifact, as are the following of theirs."""
+    base: str
+    bank: str = ""
+    pooled: str = ""
+    users_per_pack: int
+    """Who shares a pack decides how sums are rounded."""
+    inputs: tuple[str, ...]
+    """Hashes of those artifacts."""
+    bank_device_seconds: float = 0.0
+    pooled_device_seconds: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """Of all that decides the answers; where things lie and what they took does not."""
+        places = ("tested", "base", "bank", "pooled", "bank_device_seconds", "pooled_device_seconds")
+        deciding = {name: value for name, value in jsonable(self).items() if name not in places}
+        return hashlib.sha256(canonical_json(deciding).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellAnswers:
+    """What became of a cell."""
+
+    rows: list[tuple[str, str, str, str]]
+    """user id, query id, hash of the question that was asked, prediction"""
+    bytes: dict[str, float]
+    """User id to what is kept of the user."""
+    seconds: dict[str, float]
+    """User id to the time that personalising took, the user's share of the pack's."""
+    decode_tokens: int
+    decode_s: float
+
+
+class CellFiles:
+    """A folder of finished cells: KEY.parquet with the answers, and KEY.json, written last, with what they took."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def is_there(self, cell: Cell) -> bool:
+        return self._file(cell, "json").exists() and self._file(cell, "parquet").exists()
+
+    def write(self, cell: Cell, answers: CellAnswers) -> None:
+        columns = zip(*answers.rows, strict=True) if answers.rows else [()] * len(_ANSWERS)
+        table = pa.table([pa.array(column, pa.string()) for column in columns], schema=_ANSWERS)
+        costs = {k: v for k, v in asdict(answers).items() if k != "rows"}
+        named = {"dataset": cell.dataset, "method": cell.recipe.name, "rag": cell.rag, "budget": cell.budget}
+        text = json.dumps(named | {"seed": cell.seed} | costs)
+        self._write(cell, "parquet", lambda path: pq.write_table(table, path))
+        self._write(cell, "json", lambda path: path.write_text(text))
+
+    def read(self, cell: Cell) -> CellAnswers:
+        table = pq.read_table(self._file(cell, "parquet"), schema=_ANSWERS)
+        costs = json.loads(self._file(cell, "json").read_text())
+        rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True)) if len(table) else []
+        names = ("bytes", "seconds", "decode_tokens", "decode_s")
+        return CellAnswers(rows=rows, **{name: costs[name] for name in names})
+
+    def _file(self, cell: Cell, ending: str) -> Path:
+        return self.folder / f"{cell.key}.{ending}"
+
+    def _write(self, cell: Cell, ending: str, write: Callable[[Path], Any]) -> None:
+        path = self._file(cell, ending)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def collect(cells: Sequence[Cell], files: CellFiles, wordings: dict[str, Wording]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(rows of `RESULTS`, rows of `COSTS`) of finished cells, sorted. `wordings` are by data set."""
+    subjects = cache(read_tested)
+    whole = {_method(cell): cell for cell in cells if cell.budget == ALL}
+    read = cache(lambda number: files.read(cells[number]))
+    number_of = {cell.key: number for number, cell in enumerate(cells)}
+    results: list[dict[str, Any]] = []
+    costs: list[dict[str, Any]] = []
+    for number, cell in enumerate(cells):
+        people, own = subjects(cell.tested), read(number)
+        parts = [own]
+        if cell.whole and cell.budget != ALL:
+            parts.append(_uncut(read(number_of[whole[_method(cell)].key]), people, cell.budget))
+        names = {name: getattr(cell, name) for name in ("dataset", "budget", "seed", "rag")}
+        names["method"] = cell.recipe.name
+        results += _scored(names, cell, [row for part in parts for row in part.rows], people, wordings[cell.dataset])
+        costs.append(names | _costs(cell, parts, own))
+    answered = pd.DataFrame(results).sort_values([*ORDER, "user_id", "query_id"], ignore_index=True)
+    spent = pd.DataFrame(costs).sort_values(ORDER, ignore_index=True)
+    return answered[RESULTS.names], spent[COSTS.names]
+
+
+def _method(cell: Cell) -> tuple[str, str, bool, int]:
+    return (cell.dataset, cell.recipe.name, cell.rag, cell.seed)
+
+
+def _uncut(answers: CellAnswers, people: Subjects, budget: str) -> CellAnswers:
+    """Of the answers with the whole history, those of users whom the budget leaves it."""
+    same = {user.id for user in people.users if not is_cut(user, budget)}
+    return CellAnswers(
+        rows=[row for row in answers.rows if row[0] in same],
+        bytes={user_id: kept for user_id, kept in answers.bytes.items() if user_id in same},
+        seconds={user_id: spent for user_id, spent in answers.seconds.items() if user_id in same},
+        decode_tokens=0,
+        decode_s=0.0,
+    )
+
+
+def _scored(
+    names: dict[str, Any], cell: Cell, rows: Sequence[tuple[str, str, str, str]], people: Subjects, wording: Wording
+) -> Iterator[dict[str, Any]]:
+    said = {(user_id, query_id): (asked, prediction) for user_id, query_id, asked, prediction in rows}
+    wanted = [(user, query) for user in people.users for query in user.queries]
+    if len(said) != len(rows) or set(said) != {(user.id, query.id) for user, query in wanted}:
+        raise ValueError(
+            f"{cell.dataset}, {cell.recipe.name}, budget {cell.budget}: {len(rows)} answers for {len(wanted)} "
+            f"questions; remove the cell {cell.key} and run the same command again"
+        )
+    for user, query in wanted:
+        asked, prediction = said[user.id, query.id]
+        assert asked == prompt_hash(query), f"{user.id}, {query.id}: another question was answered than the one asked"
+        yield names | {
+            "task": wording.task.name,
+            "user_id": user.id,
+            "query_id": query.id,
+            "history_items": len(cut(user, cell.budget).history),
+            "full_history_items": len(user.history),
+            "few_shot": user.is_few_shot,
+            "prompt_hash": asked,
+            "gold": query.target or "",
+            "prediction": prediction,
+            "score": query_score(wording.task, prediction, query.target or "", wording.labels or None),
+        }
+
+
+def _costs(cell: Cell, parts: Sequence[CellAnswers], own: CellAnswers) -> dict[str, float]:
+    kept = {user_id: kept for part in parts for user_id, kept in part.bytes.items()}
+    spent = {user_id: spent for part in parts for user_id, spent in part.seconds.items()}
+    training = sum(spent.values()) + cell.pooled_device_seconds
+    return {
+        "bytes_per_user": sum(kept.values()) / max(1, len(kept)),
+        "seconds_per_user": sum(spent.values()) / max(1, len(spent)),
+        "training_device_seconds": training,
+        "bank_device_seconds": cell.bank_device_seconds,
+        "decode_tokens_per_s": own.decode_tokens / own.decode_s if own.decode_s else float("nan"),
+    }

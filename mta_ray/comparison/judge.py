@@ -1,0 +1,231 @@
+"""A table of results in, the content of `report.json` out: every method's metrics, what it gains, and how sure that is.
+
+Users are the unit of all that is said of certainty: what is resampled, and whose signs are flipped, are users.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mta_ray.comparison.leaks import Leaks
+from mta_ray.comparison.results import (
+    ALL,
+    BASELINE,
+    CHANCE_FREE,
+    OURS,
+    budgets_in_order,
+    check_results,
+    in_order,
+    is_ablation,
+    label,
+)
+from mta_ray.evaluation.statistics import Interval, bootstrap, holm, sign_flip_p
+from mta_ray.lamp.metrics import score
+from mta_ray.lamp.tasks import Task, task_named
+
+COSTS = (
+    "bytes_per_user", "seconds_per_user", "training_device_seconds", "bank_device_seconds", "decode_tokens_per_s",
+)  # fmt: skip
+"""Columns of `costs.parquet` that are told of a method, each as the mean over its seeds."""
+GROUPS = ("few_shot", "rest", "all")
+"""Groups of users, each judged by itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkFacts:
+    """What the report says that is not in the results: JSON keeps it whole (`asdict`, `facts_of`)."""
+
+    title: str = "Personalisation compared"
+    """Heading of the report."""
+    leaks: Mapping[str, Leaks] = field(default_factory=dict)
+    """By data set."""
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By data set, where it has labels of its own: macro F1 is over these."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of the benchmark."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the libraries."""
+
+
+def facts_of(written: Mapping[str, Any]) -> BenchmarkFacts:
+    """The facts from their JSON."""
+    leaks = {name: Leaks(**counts) for name, counts in written.get("leaks", {}).items()}
+    return BenchmarkFacts(**{**written, "leaks": leaks})
+
+
+def judge(
+    results: pd.DataFrame, costs: pd.DataFrame, facts: BenchmarkFacts, *, samples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """The content of `report.json`. Raises ValueError where methods have not answered the same questions.
+
+    `results` has the columns of `COLUMNS`, a row a prediction; `costs` a row a cell. `samples`: of the bootstrap.
+
+    Semantics of a method's figures in a group of users:
+      score            mean over seeds of each query's score first; then over queries, or over users of their means
+      over_X           the same of the differences to X, query by query, over the seeds that both stand with
+      low, high        percentile 95% interval, users resampled with all their queries
+      p                sign-flip test of users' mean differences to mta, two-sided
+      p_holm           p corrected over the methods of this data set, budget and group (ablations: over ablations)
+    """
+    check_results(results)
+    named = results.assign(name=_labels(results))
+    spent = costs.assign(name=_labels(costs))
+    datasets = {
+        str(name): _dataset(rows, spent[spent["dataset"] == name], facts, str(name), samples, seed)
+        for name, rows in named.groupby("dataset", sort=True)
+    }
+    return {
+        "title": facts.title,
+        "samples": samples,
+        "seed": seed,
+        "datasets": datasets,
+        "settings": dict(facts.settings),
+        "versions": dict(facts.versions),
+    }
+
+
+def _labels(frame: pd.DataFrame) -> list[str]:
+    return [label(method, bool(rag)) for method, rag in zip(frame["method"], frame["rag"], strict=True)]
+
+
+def _dataset(
+    rows: pd.DataFrame, spent: pd.DataFrame, facts: BenchmarkFacts, name: str, samples: int, seed: int
+) -> dict[str, Any]:
+    task = task_named(str(rows["task"].iloc[0]))
+    users = rows.drop_duplicates("user_id")
+    questions = rows.drop_duplicates(["user_id", "query_id"])
+    measure = _Metrics(task, tuple(facts.labels.get(name, ())) or None)
+    budgets: dict[str, Any] = {}
+    for budget in budgets_in_order(rows["budget"].unique()):
+        here = spent[spent["budget"] == budget]
+        budgets[budget] = _methods(rows[rows["budget"] == budget], here, measure, samples, seed)
+    whole = budgets.get(ALL, {})
+    return {
+        "task": task.name,
+        "lamp_id": task.lamp_id,
+        "primary": task.primary_metric,
+        "metrics": list(task.metrics),
+        "higher_is_better": task.higher_is_better,
+        "users": len(users),
+        "few_shot_users": int(users["few_shot"].sum()),
+        "queries": len(questions),
+        "few_shot_queries": int(questions["few_shot"].sum()),
+        "seeds": sorted(int(number) for number in rows["seed"].unique()),
+        "leaks": asdict(facts.leaks[name]) if name in facts.leaks else None,
+        "budgets": {
+            budget: {method: figures for method, figures in methods.items() if not is_ablation(method)}
+            for budget, methods in budgets.items()
+        },
+        "ablations": {method: figures for method, figures in whole.items() if is_ablation(method)},
+    }
+
+
+def _methods(
+    rows: pd.DataFrame, spent: pd.DataFrame, measure: _Metrics, samples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Every method at one budget: its figures for each group that has users, and its costs."""
+    names = in_order(rows["name"].unique())
+    methods: dict[str, dict[str, Any]] = {}
+    for name in names:
+        own = rows[rows["name"] == name]
+        means = spent.loc[spent["name"] == name, list(COSTS)].mean()
+        methods[name] = {
+            "method": str(own["method"].iloc[0]),
+            "rag": bool(own["rag"].iloc[0]),
+            "seeds": sorted(int(number) for number in own["seed"].unique()),
+            "costs": {cost: _plain(value) for cost, value in means.items()},
+        }
+    few = rows["few_shot"].astype(bool)
+    for group, mask in (("few_shot", few), ("rest", ~few), ("all", few | True)):
+        if mask.any():
+            figures = _figures(rows[mask], names, measure, samples, seed)
+            for name in names:
+                methods[name][group] = figures[name]
+    return methods
+
+
+def _figures(
+    rows: pd.DataFrame, names: Sequence[str], measure: _Metrics, samples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Every method's figures on one group of users."""
+    # 1. a column a method, a row a query, users in the order of their ids: means over seeds first
+    by_seed = rows.pivot(index=["user_id", "query_id"], columns=["name", "seed"], values="score").sort_index()
+    seeds = {name: list(by_seed[name].columns) for name in names}
+    columns: dict[tuple[str, str], np.ndarray] = {}
+    for name in names:
+        columns[name, "score"] = by_seed[name].mean(axis=1).to_numpy()
+        for other in (BASELINE, OURS):
+            if other in seeds:
+                # One bank and one draw for both where both have chance in them: else its noise would be in between.
+                shared = [number for number in seeds[other] if number in seeds[name]]
+                is_free = name in CHANCE_FREE or other in CHANCE_FREE or not shared
+                over = by_seed[other][seeds[other] if is_free else shared].mean(axis=1).to_numpy()
+                mine = by_seed[name][seeds[name] if is_free else shared].mean(axis=1).to_numpy()
+                columns[name, f"over_{other}"] = mine - over
+
+    # 2. sums over each user's queries
+    values = np.stack(list(columns.values()), axis=1)  # (queries, columns)
+    owner = pd.factorize(by_seed.index.get_level_values("user_id"), sort=True)[0]
+    counts = np.bincount(owner).astype(np.float64)
+    totals = np.zeros((len(counts), values.shape[1]))
+    np.add.at(totals, owner, values)
+    means = totals / counts[:, None]
+
+    # 3. intervals, for all columns with the same draws of users
+    per_query = bootstrap(totals, counts, samples=samples, seed=seed)
+    per_user = bootstrap(means, np.ones_like(counts), samples=samples, seed=seed)
+    found: dict[str, dict[str, Any]] = {
+        name: {"users": len(counts), "queries": len(values), "per_query": {}, "per_user": {}} for name in names
+    }
+    for place, (name, what) in enumerate(columns):
+        found[name]["per_query"][what] = _interval(per_query[place])
+        found[name]["per_user"][what] = _interval(per_user[place])
+
+    # 4. tests against mta, corrected within each family
+    tested = [name for name in names if (name, f"over_{OURS}") in columns and name not in (OURS, "oracle")]
+    place_of = {key: place for place, key in enumerate(columns)}
+    for family in ([n for n in tested if not is_ablation(n)], [n for n in tested if is_ablation(n)]):
+        p_values = [sign_flip_p(means[:, place_of[name, f"over_{OURS}"]], seed=seed) for name in family]
+        for name, p, corrected in zip(family, p_values, holm(p_values), strict=True):
+            found[name] |= {"p": p, "p_holm": corrected}
+
+    # 5. LaMP's metrics of each seed's answers: their mean, and their spread
+    for (name, _), answers in rows.groupby(["name", "seed"], sort=True):
+        found[str(name)].setdefault("metrics_of_seeds", []).append(measure(answers))
+    for figures in found.values():
+        metrics = pd.DataFrame(figures.pop("metrics_of_seeds"))
+        figures["metrics"] = {metric: float(value) for metric, value in metrics.mean().items()}
+        figures["spread_over_seeds"] = {metric: _plain(value) for metric, value in metrics.std(ddof=1).items()}
+    return found
+
+
+class _Metrics:
+    """LaMP's metrics of a table of answers. A text's metrics are means over queries: each pair is scored once."""
+
+    def __init__(self, task: Task, labels: tuple[str, ...] | None) -> None:
+        self.task, self.labels = task, labels
+        self.known: dict[tuple[str, str], dict[str, float]] = {}
+
+    def __call__(self, answers: pd.DataFrame) -> dict[str, float]:
+        said, golds = answers["prediction"].tolist(), answers["gold"].tolist()
+        if self.task.kind != "text":
+            return score(self.task, said, golds, self.labels)
+        for pair in set(zip(said, golds, strict=True)) - self.known.keys():
+            self.known[pair] = score(self.task, [pair[0]], [pair[1]])
+        found = [self.known[pair] for pair in zip(said, golds, strict=True)]
+        return {metric: float(np.mean([values[metric] for values in found])) for metric in self.task.metrics}
+
+
+def _interval(interval: Interval) -> dict[str, float | None]:
+    return {"mean": interval.mean, "low": _plain(interval.low), "high": _plain(interval.high)}
+
+
+def _plain(value: Any) -> float | None:
+    """A number for JSON, which knows no NaN."""
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,106 @@
+"""Cells: named by what decides their answers, written whole, put together to one row a question."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mta_ray.artifacts import publish
+from mta_ray.comparison.cells import Cell, CellAnswers, CellFiles, collect
+from mta_ray.comparison.datasets import TESTED, prompt_hash
+from mta_ray.comparison.recipes import Recipe
+from mta_ray.lamp.tasks import MOVIE_TAGS, task_named
+from mta_ray.lamp.users import HistoryItem, Query, User, to_table
+from mta_ray.personalize.base_model import PromptConfig, Wording
+from mta_ray.personalize.train_config import TrainConfig
+
+WORDING = Wording(task=task_named("movie_tagging"), labels=MOVIE_TAGS, prompts=PromptConfig())
+USERS = [
+    User(
+        id=name,
+        task="movie_tagging",
+        history=tuple(HistoryItem(id=f"{n}", content=f"film {n}", target="comedy") for n in range(items)),
+        queries=(Query(id="q", content=f"of {name}", target="comedy"),),
+    )
+    for name, items in (("long", 12), ("middle", 5), ("short", 2))
+]
+
+
+@pytest.fixture
+def cell(tmp_path: Path) -> Cell:
+    with publish(tmp_path / "tested", kind=TESTED, settings={}, inputs={}) as draft:
+        pq.write_table(to_table(USERS), draft.path / "users.parquet")
+        pq.write_table(pa.table({"all": [[0.0]] * 3}), draft.path / "vectors.parquet")
+    return Cell(
+        dataset="films", recipe=Recipe(name="oppu", own=TrainConfig()), rag=False, budget="all", seed=0, whole=True,
+        tested=str(tmp_path / "tested"), base="/base", users_per_pack=16, inputs=("a", "b"),
+    )  # fmt: skip
+
+
+def answers(said: dict[str, str], *, kept: float, seconds: float) -> CellAnswers:
+    asked = {user.id: prompt_hash(user.queries[0]) for user in USERS}
+    return CellAnswers(
+        rows=[(user_id, "q", asked[user_id], text) for user_id, text in said.items()],
+        bytes=dict.fromkeys(said, kept),
+        seconds=dict.fromkeys(said, seconds),
+        decode_tokens=30,
+        decode_s=2.0,
+    )
+
+
+def test_users_whom_the_budget_leaves_all_items_are_answered_as_with_the_whole_history(cell, tmp_path) -> None:
+    files, cut = CellFiles(tmp_path / "cells"), replace(cell, budget="5")
+    files.write(cell, answers({"long": "comedy", "short": "action", "middle": "comedy"}, kept=10.0, seconds=1.0))
+    files.write(cut, answers({"long": "violence"}, kept=40.0, seconds=4.0))
+
+    results, costs = collect([cut, cell], files, {"films": WORDING})
+    names = ["budget", "user_id", "prediction", "score", "history_items", "full_history_items", "few_shot"]
+    assert results[names].values.tolist() == [
+        ["5", "long", "violence", 0.0, 5, 12, False],
+        ["5", "middle", "comedy", 1.0, 5, 5, True],
+        ["5", "short", "action", 0.0, 2, 2, True],
+        ["all", "long", "comedy", 1.0, 12, 12, False],
+        ["all", "middle", "comedy", 1.0, 5, 5, True],
+        ["all", "short", "action", 0.0, 2, 2, True],
+    ]
+    spent = costs.set_index("budget")
+    assert spent.loc["5", ["bytes_per_user", "seconds_per_user", "training_device_seconds"]].tolist() == [20, 2, 6]
+    assert spent.loc["all", "training_device_seconds"] == 3 and spent.loc["5", "decode_tokens_per_s"] == 15
+
+
+def test_a_cells_name_is_of_what_decides_its_answers(cell) -> None:
+    same = replace(cell, tested="/elsewhere", base="/b", bank_device_seconds=5.0, pooled_device_seconds=5.0)
+    assert same.key == cell.key
+    others = [
+        replace(cell, seed=1),
+        replace(cell, rag=True),
+        replace(cell, budget="5"),
+        replace(cell, whole=False),
+        replace(cell, users_per_pack=8),
+        replace(cell, inputs=("a", "c")),
+        replace(cell, recipe=replace(cell.recipe, own=TrainConfig(steps=61))),
+    ]
+    assert len({one.key for one in (cell, *others)}) == len(others) + 1
+
+
+def test_a_cell_is_there_when_it_is_whole_and_comes_back_as_it_was(cell, tmp_path) -> None:
+    files, said = CellFiles(tmp_path / "cells"), answers({"long": "comedy"}, kept=1.5, seconds=0.25)
+    files.write(cell, said)
+    assert files.read(cell) == said and files.is_there(cell)
+    next((tmp_path / "cells").glob("*.json")).unlink()  # killed between the two
+    assert not files.is_there(cell)
+
+
+def test_answers_to_other_questions_are_refused(cell, tmp_path) -> None:
+    files = CellFiles(tmp_path / "cells")
+    files.write(cell, answers({"long": "comedy", "short": "action"}, kept=1.0, seconds=1.0))
+    with pytest.raises(ValueError, match="2 answers for 3 questions; remove the cell"):
+        collect([cell], files, {"films": WORDING})
+    said = answers({"long": "comedy", "short": "action", "middle": "comedy"}, kept=1.0, seconds=1.0)
+    files.write(cell, replace(said, rows=[(u, q, "0" * 16, text) for u, q, _, text in said.rows]))
+    with pytest.raises(AssertionError, match="another question"):
+        collect([cell], files, {"films": WORDING})

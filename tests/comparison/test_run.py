@@ -1,0 +1,157 @@
+"""A whole benchmark on real Ray with a tiny base model: its answers against merged weights, its rests, its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mta_ray.comparison.materials import MaterialsConfig
+from mta_ray.comparison.recipes import MethodSettings
+from mta_ray.comparison.results import METHODS
+from mta_ray.comparison.run import BenchmarkConfig, benchmark
+from mta_ray.lora.bank import load_bank
+from mta_ray.lora.fusion import fuse
+from mta_ray.model.backbone import RoutedModel, merge
+from mta_ray.model.generate import answer
+from mta_ray.personalize.base_model import open_base, tokenised
+from mta_ray.personalize.coefficients import CoefficientConfig
+from mta_ray.personalize.merge_then_adapt import FusionConfig, encode, stack_users
+from mta_ray.personalize.searched_weights import SearchConfig
+from mta_ray.personalize.train_config import TrainConfig
+from mta_ray.pipeline.build_bank import BuildBankConfig
+from mta_ray.pipeline.embed_users import EmbedUsersConfig, item_texts
+from mta_ray.pipeline.prepare_users import read_users
+from mta_ray.pipeline.split import SplitConfig
+from mta_ray.pipeline.train_base import TrainBaseConfig
+from mta_ray.population.people import WorldConfig
+from mta_ray.similarity.embedding import Encoder
+
+FEW = TrainConfig(rank=1, alpha=2.0, steps=2, examples_per_step=2, learning_rate=1e-1)
+ALL_BUT_ONE = tuple(method for method in METHODS if method != "mta_cover")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, ray_local, tiny_model) -> BenchmarkConfig:
+    """All methods but one, which has a bank of its own, on five simulated users; a random base model of two layers."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    backbone = tiny_model()
+    backbone.model.save_pretrained(folder / "model")
+    backbone.tokenizer.save_pretrained(folder / "model")
+    materials = MaterialsConfig(
+        world=WorldConfig(queries=2, max_items=14),
+        users=24,
+        split=SplitConfig(max_few_shot=4, max_rest=1),
+        embed=EmbedUsersConfig(actors=1),
+        base=TrainBaseConfig(base_model=str(folder / "model"), mode="none"),
+        bank=BuildBankConfig(anchors=3, adapters_per_pack=3, train=replace(FEW, rank=2)),
+    )
+    settings = MethodSettings(
+        fusion=FusionConfig(k=2, temperature=0.1), stack=FEW, oppu=FEW, pooled=FEW,
+        search=SearchConfig(generations=1, candidates=2), coefficients=CoefficientConfig(train=FEW),
+        learned_route=CoefficientConfig(per="anchor", train=FEW),
+    )  # fmt: skip
+    config = BenchmarkConfig(
+        out=str(folder / "out"),
+        materials=materials,
+        methods=ALL_BUT_ONE,
+        settings=settings,
+        seeds=(3,),
+        budgets=("0", "3", "all"),
+    )
+    assert benchmark(config) == config.out
+    return config
+
+
+def test_every_method_has_answered_every_question_at_its_budgets(config) -> None:
+    results = pd.read_parquet(Path(config.out, "results.parquet"))
+    questions = len(results.drop_duplicates(["user_id", "query_id"]))
+    cells = results.groupby(["method", "rag", "budget"]).size()
+    assert set(cells) == {questions} and questions >= 8
+    assert set(results["method"]) == set(ALL_BUT_ONE)
+    with_rag = {method for method, rag, _ in cells.index if rag}
+    assert with_rag == set(ALL_BUT_ONE) - {"non_personalised", "majority_label", "nearest_item", "oracle"}
+    assert {method for method, _, budget in cells.index if budget == "3"} == set(config.budget_methods)
+
+    # without an item nobody is anybody: what is trained for a user is the base model
+    said = results.set_index(["method", "rag", "budget", "user_id", "query_id"])["prediction"]
+    bare = said["non_personalised", False, "all"].tolist()
+    assert said["oppu", False, "0"].tolist() == said["rag", True, "0"].tolist() == bare
+    assert said["mta", False, "0"].tolist() == said["mta_fusion", False, "0"].tolist()
+
+    costs = pd.read_parquet(Path(config.out, "costs.parquet")).set_index(["method", "rag", "budget"])
+    assert len(costs) == len(cells)
+    kept = costs["bytes_per_user"]
+    assert kept["mta", False, "0"] == 4 * 3  # every anchor alike, no stack
+    assert (
+        kept["mta_fusion", False, "all"] == 4 * 2 < kept["mta_coefficients", False, "all"] < kept["mta", False, "all"]
+    )
+    assert (costs.loc["mta", "bank_device_seconds"] > 0).all() and (costs.loc["oppu", "bank_device_seconds"] == 0).all()
+
+
+@pytest.mark.parametrize("budget", ["3", "all"])
+def test_mta_answers_as_a_model_with_fusion_and_stack_merged_into_its_weights(config, budget) -> None:
+    """From users' items to answers by another way: one user at a time, weights of the softmax written out."""
+    home = Path(config.out, "materials", "simulated_movie_tagging")
+    base, bank = open_base(home / "base"), load_bank(home / "bank-seed-3")
+    results = pd.read_parquet(Path(config.out, "results.parquet")).set_index(["method", "rag", "budget"]).sort_index()
+    rows = results.loc["mta", False, budget]
+    encoder = Encoder()
+    for user in read_users(home / "users"):
+        own = rows[rows["user_id"] == user.id]
+        if not len(own):
+            continue
+        known = replace(user, history=user.history[-3:] if budget == "3" else user.history)
+        assert own["history_items"].unique().tolist() == [len(known.history)]
+
+        # 1. the two nearest anchors
+        vector = encode(encoder.embed_users([item_texts(known, 24, 64)]), bank.center)[0]
+        cosines = bank.embeddings @ vector
+        nearest = np.argsort(-cosines)[:2]
+        weights = np.exp(cosines[nearest] / 0.1) / np.exp(cosines[nearest] / 0.1).sum()
+        fused = fuse([bank.adapter(int(anchor)) for anchor in nearest], weights.tolist())
+
+        # 2. the stack over them
+        backbone = base.load()
+        merge(backbone.model, fused)
+        examples = tokenised(backbone, base.wording.history(known))
+        stack = stack_users(RoutedModel(backbone), [(user.id, examples, None)], replace(FEW, seed=3)).adapters[0]
+
+        # 3. answers
+        whole = base.load()
+        merge(whole.model, fuse([fused, stack], [1.0, 1.0]))
+        prompts = [example.prompt for example in base.wording.queries(user)]
+        said = answer(RoutedModel(whole), prompts, max_new_tokens=base.wording.task.max_new_tokens)
+        assert dict(zip([query.id for query in user.queries], said, strict=True)) == dict(
+            zip(own["query_id"], own["prediction"], strict=True)
+        )
+
+
+def test_only_missing_cells_are_made_again_and_the_results_are_the_same_to_the_byte(config) -> None:
+    home = Path(config.out)
+    before = hashlib.sha256((home / "results.parquet").read_bytes()).hexdigest()
+    made = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.parent.name == "cells"}
+    manifests = {path: path.stat().st_mtime_ns for path in home.rglob("manifest.json")}
+    lost = sorted(path for path in made if path.suffix == ".json")[::4]  # as if stopped before they were written
+    for path in (*lost, home / "results.parquet"):
+        path.unlink()
+
+    benchmark(config)
+    assert hashlib.sha256((home / "results.parquet").read_bytes()).hexdigest() == before
+    again = {path for path in made if path.stat().st_mtime_ns != made[path]}
+    assert again == {path.with_suffix(ending) for path in lost for ending in (".json", ".parquet")}
+    assert {path: path.stat().st_mtime_ns for path in manifests} == manifests
+
+
+def test_a_report_can_be_made_anywhere_of_the_results_alone(config, tmp_path) -> None:
+    for name in ("results.parquet", "costs.parquet", "facts.json"):
+        (tmp_path / name).write_bytes(Path(config.out, name).read_bytes())
+    benchmark(BenchmarkConfig(out=str(tmp_path), report_only=True))
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "report.json").read_bytes() == Path(config.out, "report.json").read_bytes()
+    with pytest.raises(ValueError, match="no finished benchmark"):
+        benchmark(BenchmarkConfig(out=str(tmp_path / "nothing"), report_only=True))
