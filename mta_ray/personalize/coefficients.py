@@ -33,8 +33,8 @@ class CoefficientConfig:
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(learning_rate=0.2, steps=12, examples_per_step=4, weight_decay=0.01)
     )
-    """Steps and rates; weight decay pulls a coefficient towards one. Rank and alpha mean nothing here. Of the rates 0.05,
-    0.2 and 0.4 the best for the default base and `direction`, by loss on the simulated population of seed 101."""
+    """Steps and rates; weight decay pulls a coefficient towards one. Rank and alpha mean nothing here. Of the rates
+    0.05, 0.2 and 0.4 the best for the default base and `direction`, by loss on the simulated population of seed 101."""
 
 
 def train_coefficients(
