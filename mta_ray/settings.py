@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import fsspec
 import tyro
 import yaml
 
+from mta_ray.files import replace_file
 from mta_ray.object_store import open_store
 
 ConfigT = TypeVar("ConfigT")
@@ -55,13 +55,7 @@ def save_settings(result: str | Path, config: Any) -> str:
         open_store(place).write(name, text.encode())
         return path
 
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
     return path
 
 

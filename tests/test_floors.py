@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mta_ray"
 JOBS = PACKAGE.parent / "jobs"
 
-GROUND = ("errors", "object_store", "settings", "console", "artifacts")
+GROUND = ("errors", "files", "object_store", "settings", "console", "artifacts")
 """Single files that anybody may stand on; each knows nothing but libraries, and files before it."""
 FLOORS = (
     ("lamp", "lora"),

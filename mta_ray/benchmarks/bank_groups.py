@@ -23,7 +23,8 @@ import ray
 import torch
 
 from mta_ray.artifacts import open_artifact
-from mta_ray.benchmarks.pack_training import PackBenchmarkConfig, random_llama
+from mta_ray.benchmarks.pack_training import PackBenchmarkConfig
+from mta_ray.benchmarks.random_base import random_base
 from mta_ray.benchmarks.small_world import USERS_PER_ANCHOR, make_world
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.model.backbone import RoutedModel
@@ -170,7 +171,7 @@ def _plain_rate(config: GroupsConfig, processes: int) -> float:
 
 def _plain_worker(config: GroupsConfig, barrier: Any, out: str) -> None:
     torch.set_num_threads(1)
-    routed = RoutedModel(random_llama(PackBenchmarkConfig()))
+    routed = RoutedModel(random_base(PackBenchmarkConfig().shape))
     rows = [Tokens(tuple(range(1000, 1060)), 8)] * 4
     jobs = [Job(id=str(number), examples=rows) for number in range(config.lanes)]
     train = TrainConfig(steps=2, examples_per_step=config.examples_per_step)

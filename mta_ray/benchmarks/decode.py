@@ -16,31 +16,24 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from mta_ray.benchmarks.random_base import random_base
 from mta_ray.lora.adapter import Adapter, Factors, save_peft
 from mta_ray.lora.fusion import fuse, stack
 from mta_ray.lora.slots import Route, put
-from mta_ray.model.backbone import EMBEDDED, Backbone, RoutedModel, load_backbone, merge
+from mta_ray.model.backbone import RoutedModel, merge
 from mta_ray.model.engine import Engine, EngineConfig
 from mta_ray.model.requests import Request
 
 log = logging.getLogger(__name__)
-
-SHAPES: Mapping[str, dict[str, int]] = {
-    "wide": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
-    | {"intermediate_size": 1376, "vocab_size": 32000},
-    "8b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-    | {"intermediate_size": 14336, "vocab_size": 128256},
-}
-"""Random Llamas by name. Beside them `default`, the embedded base model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +41,7 @@ class BenchmarkConfig:
     """One base model, one batch of users."""
 
     base: str = "default"
-    """`default`, or a shape: `wide`, `8b`."""
+    """`default`, or a shape of `random_base`: `wide`, `8b`."""
     users: int = 16
     """Requests decoded together, each of another user."""
     anchors: int = 16
@@ -127,7 +120,7 @@ class _Bench:
 
     def __init__(self, config: BenchmarkConfig) -> None:
         self.config = config
-        backbone = _backbone(config)
+        backbone = random_base(config.base, device=config.device, dtype=config.dtype, seed=config.seed)
         # Copies before layers are replaced. PEFT's, the one that is merged into, and the library's own engine.
         self._plain = copy.deepcopy(backbone.model) if config.rivals else None
         self._peft_base = copy.deepcopy(backbone.model) if config.rivals else None
@@ -305,22 +298,6 @@ class _Bench:
         answers = tuple(tuple(row) for row in out[:, width:].tolist())
         end = time.perf_counter()
         return Run(end - start, end - times[0], len(prompts) * (new_tokens - 1), len(prompts) * new_tokens, answers)
-
-
-def _backbone(config: BenchmarkConfig) -> Backbone:
-    if config.base == "default":
-        return load_backbone(EMBEDDED, device=config.device, dtype=config.dtype, seed=config.seed)
-    if config.base not in SHAPES:
-        raise ValueError(f"base must be 'default' or one of {sorted(SHAPES)}, got {config.base!r}")
-    torch.manual_seed(config.seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, config.dtype))
-    try:
-        with torch.device(config.device):
-            model = LlamaForCausalLM(LlamaConfig(**SHAPES[config.base], max_position_embeddings=2048, pad_token_id=0))
-    finally:
-        torch.set_default_dtype(before)
-    return Backbone(model.eval(), None, config.base, "random")  # type: ignore[arg-type]
 
 
 def random_adapters(routed: RoutedModel, count: int, rank: int, seed: int) -> list[Adapter]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mta_ray.benchmarks.pack_training import PackBenchmarkConfig, random_llama
+from mta_ray.benchmarks.random_base import random_base
 from mta_ray.lora.adapter import Adapter
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.batches import Tokens
@@ -105,7 +105,7 @@ def _examples(number: int) -> list[Tokens]:
 
 
 def _measure(anchors: int, steps: int, shape: str) -> dict[str, float]:
-    routed = RoutedModel(random_llama(PackBenchmarkConfig(shape=shape)))
+    routed = RoutedModel(random_base(shape))
     train = TrainConfig(rank=8, examples_per_step=ROWS, steps=steps, learning_rate=1e-3)
     with tempfile.TemporaryDirectory(prefix="mta-growth-") as folder:
         base_mib = _memory_mib("VmRSS")

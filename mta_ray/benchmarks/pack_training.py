@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from mta_ray.benchmarks.decode import SHAPES as DECODED
+from mta_ray.benchmarks.random_base import random_base
 from mta_ray.lora.adapter import Adapter, Factors
-from mta_ray.model.backbone import EMBEDDED, Backbone, RoutedModel, embedded_path, load_backbone
+from mta_ray.model.backbone import Backbone, RoutedModel
 from mta_ray.model.batches import Tokens, collate, row_losses
 from mta_ray.personalize.lanes import Job, draw_examples, initial_down
 from mta_ray.personalize.train_config import TrainConfig, schedule
@@ -38,16 +37,6 @@ from mta_ray.personalize.training import train_pack
 
 log = logging.getLogger(__name__)
 
-SHAPES: Mapping[str, dict[str, int]] = {
-    "64": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
-    | {"num_key_value_heads": 2, "vocab_size": 4096},
-    "256": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8}
-    | {"num_key_value_heads": 4, "vocab_size": 8192},
-    "576": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 9}
-    | {"num_key_value_heads": 3, "vocab_size": 8192},
-    "8b": DECODED["8b"],
-}
-"""Random Llamas by name. Beside them `default`, the embedded base model."""
 WARM_STEPS = 2
 STEPS = (2, 40)
 """Least and most steps of an adapter in a timed run."""
@@ -133,7 +122,7 @@ class _Bench:
 
     def __init__(self, config: PackBenchmarkConfig) -> None:
         self.config = config
-        backbone = random_llama(config)
+        backbone = random_base(config.shape, device=config.device, dtype=config.dtype, seed=config.seed)
         # A second model around the same tensors, before layers are replaced in the first.
         shared = {id(t): t for t in (*backbone.model.parameters(), *backbone.model.buffers())}
         twin = copy.deepcopy(backbone.model, shared)
@@ -247,28 +236,6 @@ class _Peft:
             down.copy_(initial_down(self.routed.layers[module], job.id, config))
             up.zero_()
         self.optimizer.state.clear()
-
-
-def random_llama(config: PackBenchmarkConfig) -> Backbone:
-    """The base model of a benchmark, random unless it is the embedded one."""
-    if config.shape == "default":
-        return load_backbone(EMBEDDED, device=config.device, dtype=config.dtype, seed=config.seed)
-    if config.shape not in SHAPES:
-        raise ValueError(f"shape must be 'default' or one of {sorted(SHAPES)}, got {config.shape!r}")
-    torch.manual_seed(config.seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, config.dtype))
-    try:
-        with torch.device(config.device):
-            model = LlamaForCausalLM(LlamaConfig(**SHAPES[config.shape], max_position_embeddings=512, pad_token_id=0))
-    finally:
-        torch.set_default_dtype(before)
-    return Backbone(model.eval(), any_tokenizer(), config.shape, "random")
-
-
-def any_tokenizer() -> PreTrainedTokenizerBase:
-    """For random models, of which a batch wants to know what to pad with, and nothing else."""
-    return AutoTokenizer.from_pretrained(embedded_path())
 
 
 def summary(shapes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from mta_ray.pipeline.train_base import TrainBaseConfig, train_base
 from mta_ray.population.people import WorldConfig
 from mta_ray.population.synthesize import SimulateUsersConfig, simulate_users
 
+WORLD = WorldConfig(seed=2, queries=2, max_items=15)
 USERS_PER_ANCHOR = 8
 """Enough to choose from."""
 
@@ -17,8 +18,7 @@ USERS_PER_ANCHOR = 8
 def make_world(home: Path, *, users: int) -> None:
     """`users`, `embeddings` and `base` in a folder, by a small cluster of its own or the connected one."""
     with connect(ClusterConfig(cpus=2)):
-        world = WorldConfig(seed=2, queries=2, max_items=15)
-        simulate_users(SimulateUsersConfig(world=world, users=users, out=str(home / "users")))
+        simulate_users(SimulateUsersConfig(world=WORLD, users=users, out=str(home / "users")))
         embed_users(EmbedUsersConfig(users=str(home / "users"), out=str(home / "embeddings"), actors=1))
         train_base(
             TrainBaseConfig(

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mta_ray.benchmarks.pack_training import any_tokenizer
+from mta_ray.benchmarks.random_base import any_tokenizer
 from mta_ray.model.backbone import Backbone, RoutedModel
 from mta_ray.model.batches import Tokens
 from mta_ray.personalize.lanes import Job

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -22,45 +21,11 @@ import pyarrow.parquet as pq
 from mta_ray.artifacts import canonical_json, jsonable
 from mta_ray.comparison.datasets import Subjects, cut, is_cut, prompt_hash, read_tested
 from mta_ray.comparison.recipes import Recipe
-from mta_ray.comparison.results import ALL
+from mta_ray.comparison.results import ALL, COSTS, RESULTS
+from mta_ray.files import replace_file
 from mta_ray.lamp.metrics import query_score
 from mta_ray.personalize.base_model import Wording
 
-RESULTS = pa.schema(
-    [
-        ("dataset", pa.string()),
-        ("task", pa.string()),
-        ("method", pa.string()),
-        ("rag", pa.bool_()),
-        ("budget", pa.string()),
-        ("seed", pa.int32()),
-        ("user_id", pa.string()),
-        ("query_id", pa.string()),
-        ("history_items", pa.int32()),
-        ("full_history_items", pa.int32()),
-        ("few_shot", pa.bool_()),
-        ("prompt_hash", pa.string()),
-        ("gold", pa.string()),
-        ("prediction", pa.string()),
-        ("score", pa.float64()),
-    ]
-)
-"""`results.parquet`: one row a prediction. `history_items` are those within the budget; a higher score is better."""
-COSTS = pa.schema(
-    [
-        ("dataset", pa.string()),
-        ("method", pa.string()),
-        ("rag", pa.bool_()),
-        ("budget", pa.string()),
-        ("seed", pa.int32()),
-        ("bytes_per_user", pa.float64()),
-        ("seconds_per_user", pa.float64()),
-        ("training_device_seconds", pa.float64()),
-        ("bank_device_seconds", pa.float64()),
-        ("decode_tokens_per_s", pa.float64()),
-    ]
-)
-"""`costs.parquet`: one row a cell. Seconds are those to personalise; training is of all users together."""
 ORDER = ["dataset", "method", "rag", "budget", "seed"]
 _ANSWERS = pa.schema(
     [("user_id", pa.string()), ("query_id", pa.string()), ("prompt_hash", pa.string()), ("prediction", pa.string())]
@@ -128,8 +93,8 @@ class CellFiles:
         costs = {k: v for k, v in asdict(answers).items() if k != "rows"}
         named = {"dataset": cell.dataset, "method": cell.recipe.name, "rag": cell.rag, "budget": cell.budget}
         text = json.dumps(named | {"seed": cell.seed} | costs)
-        self._write(cell, "parquet", lambda path: pq.write_table(table, path))
-        self._write(cell, "json", lambda path: path.write_text(text))
+        replace_file(self._file(cell, "parquet"), lambda path: pq.write_table(table, path))
+        replace_file(self._file(cell, "json"), lambda path: path.write_text(text))
 
     def read(self, cell: Cell) -> CellAnswers:
         table = pq.read_table(self._file(cell, "parquet"), schema=_ANSWERS)
@@ -140,15 +105,6 @@ class CellFiles:
 
     def _file(self, cell: Cell, ending: str) -> Path:
         return self.folder / f"{cell.key}.{ending}"
-
-    def _write(self, cell: Cell, ending: str, write: Callable[[Path], Any]) -> None:
-        path = self._file(cell, ending)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            write(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def collect(cells: Sequence[Cell], files: CellFiles, wordings: dict[str, Wording]) -> tuple[pd.DataFrame, pd.DataFrame]:

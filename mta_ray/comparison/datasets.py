@@ -146,9 +146,15 @@ class Subjects:
 
 
 def write_tested(
-    users: str, embeddings: str, out: str, *, budgets: Iterable[str], split: SplitConfig,
-    embed: EmbedUsersConfig, workers: ActorConfig,
-) -> str:  # fmt: skip
+    users: str,
+    embeddings: str,
+    out: str,
+    *,
+    budgets: Iterable[str],
+    split: SplitConfig,
+    embed: EmbedUsersConfig,
+    workers: ActorConfig,
+) -> str:
     """Publish the tested users with their mean item vectors at each budget, on the connected cluster."""
     wanted = list(dict.fromkeys([ALL, *budgets]))
     table = read_embeddings(embeddings)

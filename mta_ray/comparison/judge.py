@@ -19,6 +19,7 @@ from mta_ray.comparison.results import (
     BASELINE,
     CHANCE_FREE,
     OURS,
+    SPENT,
     budgets_in_order,
     check_results,
     in_order,
@@ -29,10 +30,6 @@ from mta_ray.evaluation.statistics import Interval, bootstrap, holm, sign_flip_p
 from mta_ray.lamp.metrics import score
 from mta_ray.lamp.tasks import Task, task_named
 
-COSTS = (
-    "bytes_per_user", "seconds_per_user", "training_device_seconds", "bank_device_seconds", "decode_tokens_per_s",
-)  # fmt: skip
-"""Columns of `costs.parquet` that are told of a method, each as the mean over its seeds."""
 GROUPS = ("few_shot", "rest", "all")
 """Groups of users, each judged by itself."""
 
@@ -64,7 +61,8 @@ def judge(
 ) -> dict[str, Any]:
     """The content of `report.json`. Raises ValueError where methods have not answered the same questions.
 
-    `results` has the columns of `COLUMNS`, a row a prediction; `costs` a row a cell. `samples`: of the bootstrap.
+    `results` has the columns of `RESULTS`, a row a prediction; `costs` those of `COSTS`, a row a cell. `samples`: of
+    the bootstrap.
 
     Semantics of a method's figures in a group of users:
       score            mean over seeds of each query's score first; then over queries, or over users of their means
@@ -134,7 +132,7 @@ def _methods(
     methods: dict[str, dict[str, Any]] = {}
     for name in names:
         own = rows[rows["name"] == name]
-        means = spent.loc[spent["name"] == name, list(COSTS)].mean()
+        means = spent.loc[spent["name"] == name, list(SPENT)].mean()
         methods[name] = {
             "method": str(own["method"].iloc[0]),
             "rag": bool(own["rag"].iloc[0]),

@@ -22,6 +22,7 @@ from mta_ray.comparison.leaks import Leaks, check_leaks
 from mta_ray.comparison.pooled import KIND as POOLED
 from mta_ray.comparison.pooled import PooledJob, train_pooled
 from mta_ray.comparison.recipes import BankRecipe, Recipe
+from mta_ray.files import replace_file
 from mta_ray.pipeline.adapt_users import ActorConfig
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
@@ -204,11 +205,8 @@ class Materials:
         """A material that was stopped has its parts added up when it is there."""
         seconds += (known := self._ledger()).pop(f"{name} so far", 0.0)
         seconds += known.get(name, 0.0) if name.endswith(" so far") else 0.0
-        path = Path(self.home, SECONDS)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known | {name: round(seconds, 2)}, indent=1))
-        temporary.replace(path)
+        text = json.dumps(known | {name: round(seconds, 2)}, indent=1)
+        replace_file(Path(self.home, SECONDS), lambda file: file.write_text(text))
 
 
 def _part(value: str | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 BASELINE, OURS = "non_personalised", "mta"
 """The two that every method is compared with."""
@@ -39,12 +40,46 @@ METHODS = {
 CHANCE_FREE = ("non_personalised", "majority_label", "nearest_item", "rag", "oracle")
 """Methods without chance in them: they stand for all seeds with one."""
 
+RESULTS = pa.schema(
+    [
+        ("dataset", pa.string()),
+        ("task", pa.string()),
+        ("method", pa.string()),
+        ("rag", pa.bool_()),
+        ("budget", pa.string()),
+        ("seed", pa.int32()),
+        ("user_id", pa.string()),
+        ("query_id", pa.string()),
+        ("history_items", pa.int32()),
+        ("full_history_items", pa.int32()),
+        ("few_shot", pa.bool_()),
+        ("prompt_hash", pa.string()),
+        ("gold", pa.string()),
+        ("prediction", pa.string()),
+        ("score", pa.float64()),
+    ]
+)
+"""`results.parquet`: one row a prediction. `history_items` are those within the budget; a higher score is better."""
+COSTS = pa.schema(
+    [
+        ("dataset", pa.string()),
+        ("method", pa.string()),
+        ("rag", pa.bool_()),
+        ("budget", pa.string()),
+        ("seed", pa.int32()),
+        ("bytes_per_user", pa.float64()),
+        ("seconds_per_user", pa.float64()),
+        ("training_device_seconds", pa.float64()),
+        ("bank_device_seconds", pa.float64()),
+        ("decode_tokens_per_s", pa.float64()),
+    ]
+)
+"""`costs.parquet`: one row a cell. Seconds are those to personalise; training is of all users together."""
+SPENT = tuple(name for name in COSTS.names if name not in RESULTS.names)
+"""What a cell took, without which cell it is."""
+
 _ONE_CELL = ["method", "rag", "budget", "seed"]
 _QUESTION = ["user_id", "query_id"]
-COLUMNS = (
-    "dataset", "task", *_ONE_CELL, *_QUESTION, "history_items", "full_history_items", "few_shot", "prompt_hash", "gold",
-    "prediction", "score",
-)  # fmt: skip
 
 
 def label(method: str, rag: bool) -> str:
@@ -77,7 +112,7 @@ def is_ablation(name: str) -> bool:
 
 def check_results(results: pd.DataFrame) -> None:
     """Raises ValueError for a table that cannot be judged: columns, the baseline, the same questions."""
-    missing = [name for name in COLUMNS if name not in results.columns]
+    missing = [name for name in RESULTS.names if name not in results.columns]
     if missing:
         raise ValueError(f"results lack the columns {missing}; got {list(results.columns)}")
     if not len(results):

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -23,16 +21,18 @@ from ray.util import ActorPool
 from mta_ray.artifacts import jsonable, located
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.comparison.answerer import Answerer
-from mta_ray.comparison.cells import COSTS, RESULTS, Cell, CellFiles, collect
+from mta_ray.comparison.cells import Cell, CellFiles, collect
 from mta_ray.comparison.datasets import parse_datasets
 from mta_ray.comparison.judge import BenchmarkFacts, facts_of
 from mta_ray.comparison.materials import Materials, MaterialsConfig
 from mta_ray.comparison.plan import PlanConfig, cells
 from mta_ray.comparison.report import write_benchmark_report
+from mta_ray.comparison.results import COSTS, RESULTS
 from mta_ray.comparison.tables import terminal_table
 from mta_ray.console import announce, progress, table_console
 from mta_ray.evaluation.run import VERSIONS
 from mta_ray.evaluation.sections import PAGE
+from mta_ray.files import replace_file
 from mta_ray.object_store import is_remote
 from mta_ray.personalize.base_model import open_base
 from mta_ray.pipeline.adapt_users import ActorConfig
@@ -137,9 +137,9 @@ def _make(config: BenchmarkConfig, home: Path) -> None:
         settings={name: value for name, value in jsonable(config).items() if name not in left_out},
         versions={name: metadata.version(name) for name in VERSIONS},
     )
-    _replace(home / FACTS_FILE, lambda path: path.write_text(json.dumps(asdict(facts), indent=1)))
-    _replace(home / COSTS_FILE, lambda path: _write(costs, COSTS, path))
-    _replace(home / RESULTS_FILE, lambda path: _write(results, RESULTS, path))
+    replace_file(home / FACTS_FILE, lambda path: path.write_text(json.dumps(asdict(facts), indent=1)))
+    replace_file(home / COSTS_FILE, lambda path: _write(costs, COSTS, path))
+    replace_file(home / RESULTS_FILE, lambda path: _write(results, RESULTS, path))
     announce(f"benchmark: {len(results):,} answers in {len(planned)} cells, in {home / RESULTS_FILE}")
 
 
@@ -168,12 +168,3 @@ def _write(frame: pd.DataFrame, schema: pa.Schema, path: Path) -> None:
     """The same bytes for the same rows: nothing of pandas, nothing of the time."""
     table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
     pq.write_table(table.replace_schema_metadata(None), path, compression="zstd")
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

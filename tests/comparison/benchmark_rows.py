@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mta_ray.comparison.results import COLUMNS
+from mta_ray.comparison.results import RESULTS
 from mta_ray.lamp.metrics import query_score
 from mta_ray.lamp.tasks import task_named
 
@@ -42,4 +42,4 @@ def made_results(dataset: str, task_name: str, seed: int) -> pd.DataFrame:
                             items if budget == "all" else min(items, int(budget)), items, n < 5, f"{n:08x}{query:08x}",
                             gold, said, query_score(task, said, gold),
                         ))  # fmt: skip
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=RESULTS.names)

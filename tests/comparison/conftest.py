@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 from benchmark_rows import made_results
 
-from mta_ray.comparison.judge import COSTS, BenchmarkFacts
+from mta_ray.comparison.judge import BenchmarkFacts
 from mta_ray.comparison.leaks import Leaks
+from mta_ray.comparison.results import SPENT
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +22,7 @@ def results() -> pd.DataFrame:
 def costs(results) -> pd.DataFrame:
     cells = results[["dataset", "method", "rag", "budget", "seed"]].drop_duplicates(ignore_index=True)
     sizes = cells["method"].map({"mta": 4000.0, "zebra": 90.0, "mta:k=1": 3000.0}).fillna(0.0)
-    spent = {name: sizes + cells["seed"] for name in COSTS} | {"decode_tokens_per_s": float("nan")}
+    spent = {name: sizes + cells["seed"] for name in SPENT} | {"decode_tokens_per_s": float("nan")}
     return cells.assign(**spent)
 
 

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 
 from mta_ray.artifacts import copy_artifact, open_artifact
+from mta_ray.benchmarks.small_world import WORLD
 from mta_ray.lora.bank import load_bank
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.personalize.base_model import open_base, tokenised
@@ -29,11 +30,8 @@ from mta_ray.pipeline.group import GroupConfig
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.split import SplitConfig, split_users
 from mta_ray.pipeline.train_base import TrainBaseConfig, train_base
-from mta_ray.population.people import WorldConfig, simulate_user
+from mta_ray.population.people import simulate_user
 from mta_ray.population.synthesize import SimulateUsersConfig, simulate_users
-
-WORLD = WorldConfig(seed=2, queries=2, max_items=15)
-"""Of the fixture `taught`."""
 
 
 def _bank_config(home: Path, out: str) -> BuildBankConfig:

@@ -6,7 +6,6 @@ A part is one block from beginning to end. It is done when its Parquet file is t
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import ray
 from ray.actor import ActorHandle
 
+from mta_ray.files import replace_file
 from mta_ray.lamp.users import HistoryItem
 from mta_ray.personalize.merge_then_adapt import FusionConfig, encode
 from mta_ray.pipeline.embed_users import item_texts
@@ -272,15 +272,16 @@ class StorePart:
         }
 
     def _write(self, table: pa.Table, part: int, summary: dict[str, Any], began_s: float) -> None:
-        file = self.plan.file(part)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")  # a worker of a job that was killed may still be at it
         metadata = {HASH: self.plan.hash.encode()}
-        with pq.ParquetWriter(temporary, table.schema, compression="none", use_dictionary=False) as writer:
-            writer.write_table(table)
-            seconds = summary["seconds"] | {"parquet": time.perf_counter() - began_s}
-            ended = summary | {"seconds": seconds, "ended_at_s": time.time()}
-            writer.add_key_value_metadata(metadata | {SUMMARY: json.dumps(ended).encode()})
-        temporary.replace(file)
+
+        def write(file: Path) -> None:
+            with pq.ParquetWriter(file, table.schema, compression="none", use_dictionary=False) as writer:
+                writer.write_table(table)
+                seconds = summary["seconds"] | {"parquet": time.perf_counter() - began_s}
+                ended = summary | {"seconds": seconds, "ended_at_s": time.time()}
+                writer.add_key_value_metadata(metadata | {SUMMARY: json.dumps(ended).encode()})
+
+        replace_file(self.plan.file(part), write)  # a worker of a job that was killed may still be at it
 
 
 def vectors_column(values: np.ndarray) -> pa.Array:

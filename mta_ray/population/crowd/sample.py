@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from ray.actor import ActorHandle
 
+from mta_ray.files import replace_file
 from mta_ray.lamp.users import HistoryItem
 from mta_ray.personalize.merge_then_adapt import encode
 from mta_ray.pipeline.embed_users import item_texts
@@ -67,9 +68,7 @@ def encode_sample(
             num_cpus=0.5,
         )
         table = pa.concat_tables(rows.iter_batches(batch_size=None, batch_format="pyarrow")).sort_by("number")
-        temporary = file.with_suffix(".tmp")
-        pq.write_table(table, temporary)
-        temporary.replace(file)
+        replace_file(file, lambda path: pq.write_table(table, path))
     table = pq.read_table(file)
     return Sample(
         user_ids=[f"sim-{world.seed}-{number}" for number in table["number"].to_pylist()],

@@ -18,6 +18,8 @@ from numpy import ndarray
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 
+from mta_ray.files import replace_file
+
 USERS_PER_STREAM = 256
 """Users who share a stream of random numbers: any range of users draws whole streams, so where parts begin is no
 matter; one stream a user would cost more than its numbers."""
@@ -110,9 +112,13 @@ class EmbeddingModel:
 
     def save(self, path: Path) -> None:
         """Write the arrays, whole or not at all."""
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, **{name: getattr(self, name) for name in self.__slots__})
-        temporary.rename(path)
+        arrays = {name: getattr(self, name) for name in self.__slots__}
+
+        def write(file: Path) -> None:
+            with file.open("wb") as out:  # to a path of another ending numpy would add its own
+                np.savez(out, **arrays)
+
+        replace_file(path, write)
 
 
 def load_model(path: Path) -> EmbeddingModel:
