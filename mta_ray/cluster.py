@@ -94,8 +94,26 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     _quiet_ray_data()
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):  # stopped in the middle of its tasks
+        with _nothing_on_stderr():
+            ray.shutdown()
+        raise
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _nothing_on_stderr() -> Iterator[None]:
+    """Ray's core, in C++, complains of every task that a shutdown drops; whoever pressed Ctrl-C knows."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager
