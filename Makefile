@@ -28,7 +28,7 @@ quickstart: $(VENV)/.ready-run ## see the whole method work on a simulated popul
 	$(BIN)/mta quickstart $(ARGS)
 
 test: $(VENV)/.ready-test ## run the tests; ARGS="-k floors" runs some
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.ready-test ## check style and types
 	$(BIN)/ruff check .

@@ -32,6 +32,25 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
+LONG_FILES = [
+    "test_jobs",
+    "test_killed_training",
+    "test_build_bank",
+    "test_crowd",
+    "test_killed_replicas",
+    "test_what_if",
+    "test_app",
+    "test_bad_requests",
+]
+"""Where two run side by side, the long ones come first, so that neither waits for the other in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole files, those of LONG_FILES before all others, else as they were found."""
+    place = {name: n for n, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def _our_log() -> None:
     """Our loggers speak, whatever libraries and other tests have made of them and of the root."""
