@@ -84,7 +84,7 @@ def _pack(is_quick: bool, world: Path) -> dict[str, Any]:
 def _growth(is_quick: bool, world: Path) -> dict[str, Any]:
     from mta_ray.benchmarks.growth import GrowthConfig, growth_benchmark
 
-    return growth_benchmark(GrowthConfig(rounds=1, steps=5) if is_quick else GrowthConfig())
+    return growth_benchmark(GrowthConfig(anchors=(8, 32), rounds=1, steps=10) if is_quick else GrowthConfig())
 
 
 def _zero3(is_quick: bool, world: Path) -> dict[str, Any]:
@@ -97,14 +97,15 @@ def _groups(is_quick: bool, world: Path) -> dict[str, Any]:
     from mta_ray.benchmarks.bank_groups import GroupsConfig, groups_benchmark
 
     _make_world(is_quick, world)
-    return groups_benchmark(GroupsConfig(anchors=8, lanes=2, rounds=1, steps=15) if is_quick else GroupsConfig(), world)
+    quick = GroupsConfig(anchors=8, lanes=2, rounds=1, steps=15, plain_s=0)
+    return groups_benchmark(quick if is_quick else GroupsConfig(), world)
 
 
 def _kills(is_quick: bool, world: Path) -> dict[str, Any]:
     from mta_ray.benchmarks.bank_kills import BankKillConfig, kill_benchmark
 
     _make_world(is_quick, world)
-    return kill_benchmark(BankKillConfig(kills=4, anchors=6, steps=40) if is_quick else BankKillConfig(), world)
+    return kill_benchmark(BankKillConfig(kills=2, anchors=6, steps=60) if is_quick else BankKillConfig(), world)
 
 
 def _make_world(is_quick: bool, world: Path) -> None:

@@ -257,7 +257,7 @@ EIGHT_B = (Batch(rows=2, tokens=64),)
 def quick(config: PackBenchmarkConfig) -> PackBenchmarkConfig:
     """The same with fewer and shorter runs."""
     batches = tuple(batch for batch in config.batches if batch.rows * batch.tokens <= 256)
-    return replace(config, batches=batches, alone=min(4, config.alone), rounds=2, seconds=1.5, equal_steps=8)
+    return replace(config, batches=batches, alone=min(4, config.alone), rounds=2, seconds=0.6, equal_steps=4)
 
 
 def pack_benchmarks(shapes: Sequence[str], *, is_quick: bool, device: str, dtype: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
-from sentence_transformers import SentenceTransformer
 
 EMBEDDED = "all-MiniLM-L6-v2"
 
@@ -18,6 +17,8 @@ class Encoder:
     def __init__(self, source: str = EMBEDDED, *, device: str = "cpu", texts_per_batch: int = 64) -> None:
         self.source = source
         self.texts_per_batch = texts_per_batch
+        from sentence_transformers import SentenceTransformer  # seconds, for those alone who encode
+
         try:
             self.model = SentenceTransformer(_path(source), device=device)
         except (OSError, ValueError) as error:
