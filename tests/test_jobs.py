@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -49,7 +50,8 @@ def run_ray(arguments: list[str], environment: dict[str, str]) -> subprocess.Com
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """`ray start --head` with token authentication, on free ports, with its own token and its own folder.
 
-    The head runs in the foreground of a process of ours (--block), so ending it ends this cluster and no other.
+    The head runs in the foreground of a process of ours (--block): killing that and its children ends this cluster and
+    no other.
     """
     token = tmp_path_factory.mktemp("token") / "auth_token"
     token.write_text(secrets.token_hex(32))
@@ -82,7 +84,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         wait_for_jobs(cluster, head)
         yield cluster
     finally:
-        head.terminate()
+        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+            process.kill()
         head.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -145,6 +148,7 @@ def prepare_users_settings(folder: Path) -> dict[str, object]:
 
 # The stages of one small population, in their order; each reads what the one before it left.
 SPLIT = {"max_few_shot": 4, "max_rest": 1}
+ONE = {"actors": 1}
 ORDER = ("simulate-users", "embed-users", "train-base", "build-bank", "adapt-users", "evaluate")
 
 
@@ -154,17 +158,24 @@ def chain_settings(folder: Path) -> dict[str, dict[str, object]]:
     taught = reads | {"base": place["base"]}
     return {
         "simulate-users": {"users": 40, "world": {"queries": 2, "max_items": 20}, "out": place["users"]},
-        "embed-users": {"users": place["users"], "actors": 1, "out": place["embeddings"]},
+        "embed-users": {"users": place["users"], "actors": 1, "max_items": 4, "out": place["embeddings"]},
         "train-base": reads | {"train": {"steps": 2}, "split": SPLIT, "out": place["base"]},
         "build-bank": taught | {"anchors": 2, "train": {"steps": 2}, "split": SPLIT, "out": place["bank"]},
         "adapt-users": taught
-        | {"bank": place["bank"], "stack": {"rank": 1, "steps": 2}, "split": SPLIT, "out": place["user-states"]},
+        | {
+            "bank": place["bank"],
+            "stack": {"rank": 1, "steps": 2},
+            "split": SPLIT,
+            "workers": ONE,
+            "out": place["user-states"],
+        },
         "evaluate": taught
         | {
             "bank": place["bank"],
             "states": place["user-states"],
             "oppu": {"steps": 2},
             "split": SPLIT,
+            "workers": ONE,
             "out": place["report"],
         },
     }
@@ -209,8 +220,9 @@ def test_one_submitted_job_leads_from_people_to_a_report_and_each_stages_job_fin
     chain = chain_settings(tmp_path)
     stages: dict[str, object] = {"split": SPLIT}
     for name, setting in (("embed", "embed-users"), ("base", "train-base"), ("bank", "build-bank")):
-        stages[name] = {k: v for k, v in chain[setting].items() if k in ("actors", "train", "anchors")}
-    stages |= {"adapt": {"stack": chain["adapt-users"]["stack"]}, "evaluate": {"oppu": {"steps": 2}}}
+        stages[name] = {k: v for k, v in chain[setting].items() if k in ("actors", "max_items", "train", "anchors")}
+    stages |= {"adapt": {"stack": chain["adapt-users"]["stack"], "workers": ONE}}
+    stages |= {"evaluate": {"oppu": {"steps": 2}, "workers": ONE}}
     users = {"users": 40, "world": {"queries": 2, "max_items": 20}}
     settings = {"out": str(tmp_path), "users": users, "stages": stages}
     out = submit_stage("quickstart", settings, cluster, checkout, tmp_path)
@@ -222,12 +234,17 @@ def test_one_submitted_job_leads_from_people_to_a_report_and_each_stages_job_fin
     assert set(report["methods"]) >= {"as_released", "oracle"}
     assert report["methods"]["mta"]["bytes_per_user"] > report["methods"]["mta_fusion"]["bytes_per_user"] > 0
 
-    # 2. each stage by itself, with the same settings: its result is there, and is kept; the last one is made anew
+    # 2. each stage's script, with the same settings: its result is there, and is kept; the last one is made anew
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/manifest.json")}
     assert len(kept) == len(ORDER)
+    scripts = []
     for name in ORDER:
-        out = submit_stage(name, chain[name], cluster, checkout, tmp_path)
-        assert str(out) == chain[name]["out"]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(chain[name]))
+        scripts.append(f"{sys.executable} jobs/{name.replace('-', '_')}.py --config {tmp_path / name}.yaml")
+    done = cluster.submit(checkout, "bash", "-c", " && ".join(scripts))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    said = [line for line in done.stdout.splitlines() if line.startswith(str(tmp_path))]
+    assert said == [chain[name]["out"] for name in ORDER]
     again = json.loads((tmp_path / "report" / "report.json").read_text())
     assert again["methods"]["mta"]["accuracy"] == report["methods"]["mta"]["accuracy"]
     changed = [path.parent.name for path, when in kept.items() if path.stat().st_mtime_ns != when]
@@ -238,11 +255,11 @@ def test_a_submitted_job_runs_all_stages(cluster, checkout, tmp_path) -> None:
     users = {"files": [str(write_lamp(tmp_path))], "task": "movie_tagging"}
     stages = {
         "split": SPLIT,
-        "embed": {"actors": 1},
+        "embed": {"actors": 1, "max_items": 4},
         "base": {"mode": "none"},
         "bank": {"anchors": 2, "train": {"steps": 2}},
-        "adapt": {"stack": {"rank": 1, "steps": 2}},
-        "evaluate": {"oppu": {"steps": 2}},
+        "adapt": {"stack": {"rank": 1, "steps": 2}, "workers": ONE},
+        "evaluate": {"oppu": {"steps": 2}, "workers": ONE},
     }
     settings = {"out": str(tmp_path / "all"), "users": users, "stages": stages}
     out = submit_stage("run", settings, cluster, checkout, tmp_path)

@@ -30,7 +30,7 @@ from mta_ray.pipeline.group import GroupConfig
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.train_base import TrainBaseConfig, train_base
 
-TRAIN = TrainConfig(rank=2, alpha=4.0, steps=100, examples_per_step=2, learning_rate=1e-3)
+TRAIN = TrainConfig(rank=2, alpha=4.0, steps=70, examples_per_step=2, learning_rate=1e-3)
 ANCHORS = 3
 DEADLINE_S = 600
 """For each thing that is waited for: Ray's processes give way to all others, and start slowly on a busy machine."""
@@ -60,7 +60,7 @@ def undisturbed(taught: Path) -> Bank:
 
 
 def assert_equal(got: Bank, wanted: Bank) -> None:
-    """To a twentieth: who shares a pack decides how sums are rounded, and a hundred steps of Adam make that larger.
+    """To a twentieth: who shares a pack decides how sums are rounded, and many steps of Adam make that larger.
 
     That a stopped adapter goes on exactly is test_lanes.py's.
     """
@@ -117,7 +117,7 @@ class Job:
         args = ["--users", config.users, "--embeddings", config.embeddings, "--base", config.base, "--out", self.out]
         args += ["--anchors", str(ANCHORS), "--adapters-per-pack", "2", "--checkpoint-every-s", "0.5"]
         args += ["--group.cpus-per-worker", "1", "--cluster.cpus", "2", "--train.rank", "2", "--train.alpha", "4.0"]
-        args += ["--train.steps", "100", "--train.examples-per-step", "2", "--train.learning-rate", "1e-3"]
+        args += ["--train.steps", str(TRAIN.steps), "--train.examples-per-step", "2", "--train.learning-rate", "1e-3"]
         with open(self.log, "a") as log:
             command = [sys.executable, "-m", "mta_ray.cli", "build-bank", *args]
             self.process = subprocess.Popen(command, stderr=log, stdout=log, env=os.environ)
@@ -206,13 +206,6 @@ def free_cpus() -> float:
     return free
 
 
-def test_a_group_that_never_had_devices_holds_none_in_the_end(taught: Path, tmp_path: Path) -> None:
-    few = TrainConfig(rank=2, alpha=4.0, steps=2, examples_per_step=2)
-    config = replace(settings(taught, str(tmp_path / "bank")), anchors=2, adapters_per_pack=1, groups=2, train=few)
-    assert len(load_bank(build_bank(replace(config, group=GroupConfig(cpus_per_worker=2))))) == 2
-    assert free_cpus() == 2
-
-
 def test_a_group_whose_controller_is_killed_starts_again_in_the_same_place(
     taught: Path, undisturbed: Bank, tmp_path: Path
 ) -> None:
@@ -263,7 +256,10 @@ def test_one_adapter_that_is_not_finite_is_stopped_and_named_and_the_others_are_
         TrainBaseConfig(**reads, base_model=str(tmp_path / "poisoned"), mode="none", out=str(tmp_path / "base"))
     )
 
-    bank = load_bank(build_bank(replace(settings(taught, str(tmp_path / "bank")), base=poisoned)))
+    # Two CPUs are all there are: the second group never has any, and holds none in the end.
+    config = replace(settings(taught, str(tmp_path / "bank")), groups=2, group=GroupConfig(cpus_per_worker=2))
+    bank = load_bank(build_bank(replace(config, base=poisoned)))
+    assert free_cpus() == 2
     assert bank.anchor_ids == tuple(undisturbed.anchor_ids[number] for number in others)
     assert list(bank.facts["failed"]) == [str(bad)] and "not finite" in bank.facts["failed"][str(bad)]
     for module in bank.up:
