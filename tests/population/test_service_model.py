@@ -148,13 +148,15 @@ def test_steps_are_those_of_the_engines_own_schedule() -> None:
     assert {at: o.total_ms for at, o in simulated.items()} == pytest.approx(last_ms)
 
 
-def test_a_request_alone_takes_what_its_parts_take() -> None:
+@pytest.mark.parametrize("turns", [1, 4])
+def test_a_request_alone_takes_what_its_parts_take(turns: int) -> None:
+    """In however many turns: nobody is there to wait for."""
     arrivals = [Arrival(0.0, 0, 10, 5)]
     step, work = ALL.step, [ALL.client, ALL.proxy, ALL.ingress, ALL.replica]
     prompt_ms = step.fixed_ms + step.prompt_ms + 10 * step.prompt_token_ms
     in_ms = sum((t.request_ms + t.native_request_ms) * (1 - ALL.after_share) for t in work)
     out_ms = sum(t.token_ms + t.native_token_ms for t in work)
-    (outcome,) = simulate_pod(arrivals, PodConfig(replicas=1), ALL).outcomes
+    (outcome,) = simulate_pod(arrivals, PodConfig(replicas=1), replace(ALL, turns=turns)).outcomes
     assert outcome.ttft_ms == pytest.approx(in_ms + ALL.away_ms + prompt_ms + out_ms)
     # every later token is a step, held up by the replica's own loop, which shares the interpreter with the engine
     per_token_ms = (outcome.total_ms - outcome.ttft_ms) / 4
@@ -170,6 +172,27 @@ def test_fewer_cpus_than_processes_slow_everybody() -> None:
         for cores in (1, 2, 8, None)
     ]
     assert means[0] > 1.1 * means[1] and means[1] > means[2] >= means[3] * 0.999
+
+
+def test_clients_who_ask_again_wait_for_each_other() -> None:
+    """One row that is never idle, and five clients: each waits for all five (Little's law)."""
+    asked = [Arrival(0.0, n, 1, 1) for n in range(40)]
+    run = simulate_pod(asked[:5], ONE_BY_ONE, TIMES, then=asked[5:])
+    assert [o.total_ms for o in run.outcomes] == pytest.approx([10.0, 20.0, 30.0, 40.0] + [50.0] * 36)
+    assert run.outcomes[-1].arrival.at_s == pytest.approx(0.35)
+
+
+def test_work_in_turns_waits_for_a_cpu_each_time() -> None:
+    """One CPU, and a foreign program that takes it for 3 ms whenever it can."""
+    pod = replace(ONE_BY_ONE, cores=1, others=0.99)
+    alone = ServiceTimes(
+        step=StepTime(fixed_ms=1.0, row_ms=0.0, prompt_token_ms=0.0), proxy=ProcessTime(request_ms=8.0)
+    )
+    asked = [Arrival(n * 1.0, n, 1, 1) for n in range(60)]
+    one, four = (
+        np.mean([o.ttft_ms for o in simulate_pod(asked, pod, replace(alone, turns=turns)).outcomes]) for turns in (1, 4)
+    )
+    assert 6 < four - one < 9.1  # three more times that a turn of the other program is waited for, or most of it
 
 
 def test_home_keeps_a_stack_on_one_replica() -> None:
@@ -222,6 +245,7 @@ def test_a_wish_that_passes_changes_nothing() -> None:
         (lambda: StepTime(fixed_ms=math.nan), "fixed_ms"),
         (lambda: ProcessTime(token_ms=-1.0), "token_ms"),
         (lambda: ServiceTimes(after_share=2.0), "after_share"),
+        (lambda: ServiceTimes(turns=0), "turns"),
         (lambda: AutoscalerConfig(min_replicas=5, max_replicas=4), "min_replicas"),
     ],
 )

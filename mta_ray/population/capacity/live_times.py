@@ -7,6 +7,7 @@ for nobody.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -41,6 +42,10 @@ OTHERS_MAX = 0.8
 """Share of the machine's CPUs that other programs are taken to have at most."""
 KINDS = ("python", "native", "engine")
 COEFFICIENTS = ("fixed_ms", "row_ms", "prompt_ms", "prompt_token_ms")
+TURNS = (1, 2, 4, 8)
+"""What `turns` may be."""
+ROUND = 8
+"""For every so many clients at once, as many requests again."""
 APART_S = 5.0
 """Between two requests of a simulated client that asks one at a time."""
 
@@ -53,12 +58,15 @@ class CalibrationConfig:
     """Lengths of answers: what grows with them is a token's, the rest a request's."""
     requests: int = 60
     """Of each length."""
-    clients: int = 12
-    """Who ask at once, each again when it is answered."""
+    clients: tuple[int, int] = (12, 32)
+    """Who ask at once, each again when it is answered: some, of whom it is seen how long requests wait for each other,
+    and as many as keep every row busy, of whom it is seen what a request costs."""
 
     def __post_init__(self) -> None:
-        if len(set(self.answer_tokens)) < 2 or min(self.answer_tokens) < 1 or self.requests < 5 or self.clients < 2:
-            raise ValueError("wanted at least two different answer_tokens, 5 requests, 2 clients")
+        if len(set(self.answer_tokens)) < 2 or min(self.answer_tokens) < 1 or self.requests < 5:
+            raise ValueError("wanted at least two different answer_tokens, and 5 requests")
+        if not 1 < self.clients[0] <= self.clients[1]:
+            raise ValueError(f"clients is {self.clients}, wanted at least 2, and then no fewer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,15 +188,15 @@ def calibrate(
     # 1. CPU times at each length of answer, of one client alone, and of a few at once
     meter = Meter()
     requests = [{"body": {**body, "user": users[n % len(users)]}} for n in range(config.requests)]
-    ask(url, _of_length(requests, max(config.answer_tokens)), clients=config.clients)
+    ask(url, _of_length(requests, max(config.answer_tokens)), clients=config.clients[0])
     idle = meter.idle()
-    runs: dict[int, list[dict[str, Any]]] = {1: [], config.clients: []}
+    runs: dict[int, list[dict[str, Any]]] = {clients: [] for clients in (1, *config.clients)}
     for clients, each in runs.items():
         for tokens in config.answer_tokens:
             with meter.watch() as seen:
-                told = ask(url, _of_length(requests, tokens), clients=clients)
-            each.append(_run_of(told, seen, idle, step))
-    alone, crowd = runs.values()
+                told = ask(url, _of_length(requests * (1 + clients // ROUND), tokens), clients=clients)
+            each.append(_run_of(told, seen, idle, step) | {"clients": clients})
+    alone, some, crowd = runs[1], runs[config.clients[0]], runs[config.clients[1]]
 
     # 2. what is a request's, and what a token's
     scale = float(np.mean([run["engine_over_step"] for run in crowd]))
@@ -199,18 +207,26 @@ def calibrate(
         replica=_process_time(alone, crowd, "replica"),
         client=_process_time(alone, crowd, "client"),
         stack_load_ms=stack_load_ms,
-        source=f"one client alone, and {config.clients} at once",
+        source=f"one client alone, and {config.clients[0]} and {config.clients[1]} at once",
     )
 
     # 3. what one client alone waits for besides: between tokens, and before the first one
     # As any load is predicted: beside what else the machine did meanwhile.
     others = float(np.mean([run["others_cpus"] for run in alone]))
     pod = replace(pod, others=min(others, OTHERS_MAX * (pod.cores or 1)))
-    times = _with_rest(times, pod, alone)
+    tried = [_with_rest(replace(times, turns=turns), pod, alone) for turns in TURNS]
+    times = min(tried, key=lambda one: _late(one, pod, some))
     for run, (ttft_ms, total_ms) in zip(alone, _alone(times, pod, alone), strict=True):
         run |= {"simulated_ttft_ms": ttft_ms, "simulated_total_ms": total_ms}
     prompt_tokens = round(float(np.mean([run["prompt_tokens"] for run in alone])))
-    return times, {"one_at_a_time": alone, "at_once": crowd, "engine_over_step": scale, "prompt_tokens": prompt_tokens}
+    for run in some:
+        run["simulated_ttft_ms"] = _first_token_ms(times, pod, run)
+    return times, {
+        "one_at_a_time": alone,
+        "at_once": [*some, *crowd],
+        "engine_over_step": scale,
+        "prompt_tokens": prompt_tokens,
+    }
 
 
 def _of_length(requests: Sequence[Mapping[str, Any]], tokens: int) -> list[dict[str, Any]]:
@@ -289,6 +305,21 @@ def _with_rest(times: ServiceTimes, pod: PodConfig, measured: Sequence[Mapping[s
         middle = (low + high) / 2
         low, high = (middle, high) if missing_ms(replace(times, after_share=middle)) < 0 else (low, middle)
     return replace(times, after_share=high)
+
+
+def _late(times: ServiceTimes, pod: PodConfig, measured: Sequence[Mapping[str, Any]]) -> float:
+    """How far the simulated first tokens of clients who ask at once are from the measured ones."""
+    return sum(abs(math.log(_first_token_ms(times, pod, run) / run["ttft_ms_p50"])) for run in measured)
+
+
+def _first_token_ms(times: ServiceTimes, pod: PodConfig, run: Mapping[str, Any]) -> float:
+    """The median with as many clients who ask again when they are answered."""
+    asked = [
+        Arrival(0.0, n, round(run["prompt_tokens"]), round(run["tokens"])) for n in range(run["clients"] * (ALONE // 2))
+    ]
+    pod = replace(pod, others=min(run["others_cpus"], OTHERS_MAX * (pod.cores or 1)))
+    outcomes = simulate_pod(asked[: run["clients"]], pod, times, then=asked[run["clients"] :]).outcomes
+    return float(np.median([outcome.ttft_ms for outcome in outcomes[run["clients"] :]]))
 
 
 def _alone(times: ServiceTimes, pod: PodConfig, measured: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:

@@ -106,9 +106,20 @@ class PodRun:
     """Process -> share of the time in which it worked, until the last request ended."""
 
 
-def simulate_pod(arrivals: Sequence[Arrival], config: PodConfig, times: ServiceTimes, *, seed: int = 0) -> PodRun:
-    """Every arrival served, or refused; the run ends when the last answer has. The same seed gives the same run."""
+def simulate_pod(
+    arrivals: Sequence[Arrival],
+    config: PodConfig,
+    times: ServiceTimes,
+    *,
+    seed: int = 0,
+    then: Sequence[Arrival] = (),
+) -> PodRun:
+    """Every arrival served, or refused; the run ends when the last answer has. The same seed gives the same run.
+
+    `then`: asked one after the other, each by a client whose answer has just ended, whatever its `at_s`.
+    """
     pod = _Pod(config, times, seed)
+    pod.then = deque(then)
     pod.env.process(pod.arrive(arrivals))
     pod.env.run(until=pod.ended)
     seconds = pod.env.now / 1e3 or 1.0
@@ -186,6 +197,7 @@ class _Hop:
     def __init__(self, pod: _Pod, times: ProcessTime, interpreter: simpy.PriorityResource | None = None) -> None:
         self.times = times
         self.before = 1 - pod.times.after_share
+        self.turns = pod.times.turns
         self.loop = _Thread(pod, times.wake_ms, interpreter)
         self.native = _Thread(pod, times.native_wake_ms)
 
@@ -194,8 +206,16 @@ class _Hop:
         return self.loop.busy_ms
 
     def request(self, then: Callable[..., None], *args: Any) -> None:
-        t = self.times
-        self.loop.do(t.request_ms * self.before, self.native.do, t.native_request_ms * self.before, then, *args)
+        self._turn(self.turns, then, args)
+
+    def _turn(self, left: int, then: Callable[..., None], args: tuple) -> None:
+        if not left:
+            then(*args)
+            return
+        t, share = self.times, self.before / self.turns
+        self.loop.do(
+            t.request_ms * share, self.native.do, t.native_request_ms * share, self._turn, left - 1, then, args
+        )
 
     def piece(self, is_last: bool, then: Callable[..., None], *args: Any) -> None:
         t = self.times
@@ -330,6 +350,7 @@ class _Pod:
         self.client, self.proxy, self.ingress = (_Hop(self, t) for t in (times.client, times.proxy, times.ingress))
         self.replicas: list[_Replica] = []
         self.left = 0
+        self.then: deque[Arrival] = deque()
         self.ended = self.env.event()
         self._is_arriving = True
         self.scale(config.replicas)
@@ -429,6 +450,10 @@ class _Pod:
             )
         )
         self.left -= 1
+        if self.then:
+            self.left += 1
+            following = replace(self.then.popleft(), at_s=self.env.now / 1e3)
+            self.client.request(self._travel, _Call(following, self.env.now))
         if not self.left:
             self.ended.succeed()
 

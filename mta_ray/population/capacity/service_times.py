@@ -102,6 +102,8 @@ class ServiceTimes:
     """Of each step, in which the engine waits for the interpreter and nobody works."""
     after_share: float = 0.0
     """Share of each `request_ms` that comes after the answer's last piece."""
+    turns: int = 1
+    """In so many turns a process does its work on a request: threads hand it to each other, each waits for a CPU."""
     stack_load_ms: float = 1.0
     """A stack from the store into its slot, at a miss."""
     source: str = "placeholder"
@@ -113,6 +115,8 @@ class ServiceTimes:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 0 and finite")
         if not 0 <= self.after_share <= 1:
             raise ValueError(f"after_share is {self.after_share}, wanted 0 to 1")
+        if self.turns < 1:
+            raise ValueError(f"turns is {self.turns}, wanted at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
