@@ -112,7 +112,8 @@ def _of_states(config: ExportConfig, path: str, bank: Bank) -> Adapter:
     state = read_states(config.states, [config.user]).get(config.user)
     if state is None:
         raise ValueError(f"{told(config.states)} has no user of this id; adapt-users --everybody adapts all of them")
-    return stack(fused_adapter(state.route, bank, "exact"), state.stack)
+    fused = fused_adapter(state.route, bank, "exact")
+    return fused if state.stack is None else stack(fused, state.stack)
 
 
 def _of_database(config: ExportConfig, path: str, bank: Bank, notes: list[str]) -> Adapter:

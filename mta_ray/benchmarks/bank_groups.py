@@ -124,7 +124,7 @@ def _train(config: GroupsConfig, world: Path, groups: int, folder: str) -> list[
     """As `train_adapters`, but that every picture of the foreman's is kept; whoever dies is an error here."""
     users = str(world / "users")
     longest = sorted(read_users(users), key=lambda user: -len(user.history))[: config.anchors]
-    files = AdapterFiles(folder=folder, key="groups")
+    files = AdapterFiles(root=folder, key="groups")
     inputs = {"users": open_artifact(users, kind="users", verify=False).hash}
     collect_histories(users, [user.id for user in longest], files.histories, inputs=inputs)
     plan = Plan(

@@ -228,7 +228,7 @@ class _Job:
         """Tell the ledger what lies there; when each adapter on its way was kept last, in seconds."""
         found: dict[int, tuple[int, int, str]] = {}
         kept: dict[int, int] = {}
-        for path in sorted(self.folder.glob(f"[0-9]*/{MANIFEST}")):
+        for path in sorted(self.folder.glob(f"*/[0-9]*/{MANIFEST}")):
             with suppress(FileNotFoundError, json.JSONDecodeError):
                 state = path.stat()
                 number, _, is_checkpoint = path.parent.name.partition(".")

@@ -110,9 +110,9 @@ def _measure(anchors: int, steps: int, shape: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="mta-growth-") as folder:
         base_mib = _memory_mib("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        warm = AdapterFiles(folder=f"{folder}/warm", key="growth")
+        warm = AdapterFiles(root=f"{folder}/warm", key="growth")
         train_lanes(routed, LANES, _Anchors(LANES, warm), replace(train, steps=2))
-        files = AdapterFiles(folder=folder, key="growth")
+        files = AdapterFiles(root=folder, key="growth")
         start_s = time.perf_counter()
         train_lanes(routed, LANES, _Anchors(anchors, files), train)
         seconds = time.perf_counter() - start_s

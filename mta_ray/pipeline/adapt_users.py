@@ -105,7 +105,8 @@ class UserState:
 
     user_id: str
     route: Route
-    stack: Adapter
+    stack: Adapter | None
+    """None where none of the user's items makes an example."""
     bytes: int
     """Of the route and of the stack, as they are kept."""
     seconds: float
@@ -212,20 +213,22 @@ class _Stacker:
         started_s = time.perf_counter()
         backbone, wording = self.routed.backbone, self.base.wording
         work = [(user.id, tokenised(backbone, wording.history(user)), {BANK: route}) for user, route in pack]
-        result = stack_users(self.routed, work, self.config.stack)
+        able = [one for one in work if one[1]]
+        trained = stack_users(self.routed, able, self.config.stack).adapters if able else []
+        adapters = {user_id: adapter for (user_id, _, _), adapter in zip(able, trained, strict=True)}
         seconds = (time.perf_counter() - started_s) / len(pack)
-        stacks = [to_bytes(adapter) for adapter in result.adapters]
+        stacks = {user_id: to_bytes(adapter) for user_id, adapter in adapters.items()}
         return [
             {
                 "user_id": user.id,
                 "slots": list(route.slots),
                 "weights": list(route.weights),
-                "stack": stack,
-                "scale": adapter.scale,
-                "bytes": route.bytes + len(stack),
+                "stack": stacks.get(user.id),
+                "scale": adapters[user.id].scale if user.id in adapters else None,
+                "bytes": route.bytes + len(stacks.get(user.id, b"")),
                 "seconds": seconds,
             }
-            for (user, route), adapter, stack in zip(pack, result.adapters, stacks, strict=True)
+            for user, route in pack
         ]
 
 
@@ -233,7 +236,7 @@ def _state(row: dict[str, Any]) -> UserState:
     return UserState(
         user_id=row["user_id"],
         route=Route(slots=tuple(row["slots"]), weights=tuple(row["weights"])),
-        stack=from_bytes(row["stack"], row["scale"]),
+        stack=None if row["stack"] is None else from_bytes(row["stack"], row["scale"]),
         bytes=row["bytes"],
         seconds=row["seconds"],
     )

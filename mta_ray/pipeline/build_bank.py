@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from mta_ray.artifacts import is_current, jsonable, located, read_manifest, refuse_stranger
+from mta_ray.artifacts import ArtifactError, is_current, jsonable, located, read_manifest, refuse_stranger
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lora.bank import assemble, save_bank
 from mta_ray.personalize.base_model import open_base
@@ -108,7 +109,7 @@ def build_bank(config: BuildBankConfig) -> str:
     settings = {k: v for k, v in jsonable(config).items() if k not in PLACING}
     inputs = {"users": users.hash, "embeddings": table.hash, "base": base.hash}
     key = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()
-    files = AdapterFiles(folder=adapter_folder(config.out), key=key)
+    files = AdapterFiles(root=adapter_folder(config.out), key=key)
     if not config.force and is_current(config.out, kind="bank", settings=settings, inputs=inputs):
         files.remove()  # where a run was stopped between the bank and the end
         log.info("bank: %s is current, nothing to do", config.out)
@@ -118,43 +119,76 @@ def build_bank(config: BuildBankConfig) -> str:
     refuse_stranger(config.out, "bank")
     center, vectors, anchors = _anchors(table, config)
     ids = [table.user_ids[row] for row in anchors]
-    if config.force:
-        files.remove()
     log.info("bank: %d anchors of %d users", len(ids), len(table.user_ids))
 
-    # 2. adapters that are missing
-    finished = files.finished(len(ids))
-    missing = [number for number in range(len(ids)) if number not in finished]
-    failed: dict[int, str] = {}
-    if missing:
-        if finished:
-            log.info("bank: %d of %d adapters are there already", len(finished), len(ids))
-        with connect(config.cluster):
-            collect_histories(config.users, ids, files.histories, inputs=inputs)
-            failed = train_adapters(_plan(config, files, len(missing)), missing, len(finished))
+    with files.locked():
+        if config.force:
+            files.remove()
+
+        # 2. adapters that are missing, and those that turn out to be damaged when they are read
+        failed = _train_missing(config, files, ids, inputs)
+        if damaged := [
+            number for number in range(len(ids)) if number not in failed and not _is_readable(files, number)
+        ]:
+            log.warning("bank: finished adapters %s are damaged and are trained again", damaged)
+            for number in damaged:
+                files.forget(number)
+            failed |= _train_missing(config, files, ids, inputs, but=failed)
         _tell_failed(failed, len(ids))
 
-    # 3. the bank
-    kept = [number for number in range(len(ids)) if number not in failed]
-    adapters, losses = zip(*(files.read(number) for number in kept), strict=True)
-    bank = assemble(
-        adapters,
-        anchor_ids=tuple(ids[number] for number in kept),
-        embeddings=vectors[[anchors[number] for number in kept]],
-        center=center,
-        base_fingerprint=base.fingerprint,
-        encoder=table.encoder,
-        facts={
-            "task": users.facts["task"],
-            "losses": list(losses),
-            "items": [table.items[anchors[number]] for number in kept],
-            "failed": failed,
-        },
-    )
-    save_bank(bank, config.out, settings=settings, inputs=inputs)
-    files.remove()
+        # 3. the bank
+        kept = [number for number in range(len(ids)) if number not in failed]
+        adapters, losses = zip(*(files.read(number) for number in kept), strict=True)
+        bank = assemble(
+            adapters,
+            anchor_ids=tuple(ids[number] for number in kept),
+            embeddings=vectors[[anchors[number] for number in kept]],
+            center=center,
+            base_fingerprint=base.fingerprint,
+            encoder=table.encoder,
+            facts={
+                "task": users.facts["task"],
+                "losses": list(losses),
+                "items": [table.items[anchors[number]] for number in kept],
+                "failed": failed,
+            },
+        )
+        save_bank(bank, config.out, settings=settings, inputs=inputs)
+        files.remove()
     log.info("bank: %d anchors, %.1f MiB, in %s", len(bank), bank.bytes / 2**20, config.out)
+    if others := files.others():
+        log.info(
+            "bank: adapters of %d other settings lie in %s still; remove it if you want none", len(others), files.root
+        )
     return config.out
+
+
+def _train_missing(
+    config: BuildBankConfig,
+    files: AdapterFiles,
+    ids: Sequence[str],
+    inputs: dict[str, str],
+    but: Collection[int] = (),
+) -> dict[int, str]:
+    """Train what is not there, `but` those; by number, why an adapter was stopped."""
+    finished = files.finished(len(ids))
+    missing = [number for number in range(len(ids)) if number not in finished and number not in but]
+    if not missing:
+        return {}
+    if finished:
+        log.info("bank: %d of %d adapters are there already", len(finished), len(ids))
+    with connect(config.cluster):
+        collect_histories(config.users, ids, files.histories, inputs=inputs)
+        return train_adapters(_plan(config, files, len(missing)), missing, len(finished))
+
+
+def _is_readable(files: AdapterFiles, number: int) -> bool:
+    """Of what lies in a store, only the manifest was looked at."""
+    try:
+        files.read(number)
+    except ArtifactError:
+        return False
+    return True
 
 
 def _plan(config: BuildBankConfig, files: AdapterFiles, missing: int) -> Plan:

@@ -96,12 +96,13 @@ def test_an_interrupted_bank_goes_on_and_equals_the_undisturbed_one(taught, capl
         patched.setattr("mta_ray.pipeline.build_bank.save_bank", stop)
         build_bank(config)
     assert not (taught / "stopped").exists()
-    found = sorted(path.name for path in (taught / "stopped.adapters").iterdir())
+    (kept,) = (taught / "stopped.adapters").iterdir()
+    found = sorted(path.name for path in kept.iterdir())
     assert found == ["00000", "00001", "histories"]  # and no checkpoint of what is finished
 
     # One adapter is damaged since; the rerun trains that one alone.
-    open_artifact(taught / "stopped.adapters" / "00000", kind="adapter")  # whole, and readable by itself
-    file = taught / "stopped.adapters" / "00001" / "adapter.safetensors"
+    open_artifact(kept / "00000", kind="adapter")  # whole, and readable by itself
+    file = kept / "00001" / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with caplog.at_level(logging.INFO):
         build_bank(config)

@@ -1,18 +1,23 @@
 """A bank under construction, on disk or in an object store: each finished adapter, and each one on its way, by itself.
 
     OUT.adapters/
-      histories/          the anchors' histories, so that no worker need read all users
-      00012/              a finished adapter
-      00012.checkpoint/   one on its way; gone when it is finished
+      1f0c55e97ab2/         one folder for each set of settings and inputs, named by their key
+        histories/          the anchors' histories, so that no worker need read all users
+        00012/              a finished adapter
+        00012.checkpoint/   one on its way; gone when it is finished
 
 Numbers are the anchors' places in the bank; users' ids never name a file. What was made with other settings or inputs
-carries another key and is not seen.
+lies in another folder, and is neither seen nor touched.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +36,14 @@ from mta_ray.artifacts import (
     remove_empty,
 )
 from mta_ray.lora.adapter import Adapter, Factors
+from mta_ray.object_store import is_remote
 from mta_ray.personalize.engines import SlotState
 from mta_ray.personalize.lanes import Checkpoint
 
 ADAPTER, CHECKPOINT, LANES = "adapter", "checkpoint", "lanes"
 _STATES = ("values", "first", "second")
+KEY_LETTERS = 12
+KEY = re.compile(f"[0-9a-f]{{{KEY_LETTERS}}}")
 OURS = re.compile(r"\.?(\d{5}(\.checkpoint)?|histories|lanes)(\.(tmp|old)-\w+)?")
 """What lies in the folder; anything else there is somebody else's."""
 
@@ -44,14 +52,51 @@ OURS = re.compile(r"\.?(\d{5}(\.checkpoint)?|histories|lanes)(\.(tmp|old)-\w+)?"
 class AdapterFiles:
     """The folder of one bank's adapters; any number of processes may use it at once, each adapter one at a time."""
 
-    folder: str
-    """Path or fsspec URL."""
+    root: str
+    """Path or fsspec URL, for adapters of all settings."""
     key: str
-    """Of the settings and inputs that the adapters are made with."""
+    """Of the settings and inputs that these are made with."""
+
+    @property
+    def folder(self) -> str:
+        """Where these lie."""
+        return f"{self.root}/{self.key[:KEY_LETTERS]}"
 
     @property
     def histories(self) -> str:
         return f"{self.folder}/histories"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else builds the same bank within the block. On this machine only: a store knows no locks.
+
+        Raises ValueError where somebody does.
+        """
+        if is_remote(self.folder):
+            yield
+            return
+        os.makedirs(self.folder, exist_ok=True)
+        held = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(held)
+                raise ValueError(
+                    f"another build-bank with the same settings is at work in {self.folder}; "
+                    "wait for it, stop it, or give another --out"
+                ) from None
+            # a file system without locks
+        try:
+            yield
+        finally:
+            os.close(held)
+            remove_empty(self.folder)
+            remove_empty(self.root)
+
+    def others(self) -> list[str]:
+        """Names of the folders beside this one: of other settings, never finished."""
+        return [name for name in folder_names(self.root) if KEY.fullmatch(name) and name != self.key[:KEY_LETTERS]]
 
     def finished(self, count: int) -> set[int]:
         """Which of the first `count` adapters are there, whole and undamaged."""
@@ -121,12 +166,17 @@ class AdapterFiles:
             return {}
         return dict(manifest.facts["lanes"]) if manifest.settings == {"key": self.key} else {}
 
+    def forget(self, number: int) -> None:
+        """Take away a finished adapter that turned out to be damaged: it is to be trained again."""
+        remove(self._adapter(number))
+
     def remove(self) -> None:
         """Everything of ours: the bank is whole."""
         for name in folder_names(self.folder):
             if OURS.fullmatch(name):
                 remove(f"{self.folder}/{name}")
         remove_empty(self.folder)
+        remove_empty(self.root)
 
     def _adapter(self, number: int) -> str:
         return f"{self.folder}/{number:05d}"

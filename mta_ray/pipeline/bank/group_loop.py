@@ -117,25 +117,33 @@ class _Desk:
     # What lanes ask for and say
 
     def take(self, lanes: int) -> list[Job]:
+        jobs: list[Job] = []
+        while len(jobs) < lanes and (given := self._given(lanes - len(jobs))):
+            for number, start in given:
+                user = read_history(self.histories, number)
+                examples = tokenised(self.routed.backbone, self.wording.history(user))
+                if not examples:
+                    if self.is_first:
+                        ray.get(self.foreman.fail.remote(self.group, number, "none of its items makes an example"))
+                    continue
+                jobs.append(Job(id=user.id, examples=examples, start=start))
+                self.number_of[user.id] = number
+                if self.is_first:
+                    steps = budget(len(examples), self.plan.train)
+                    self.foreman.begin.remote(self.group, number, budget=steps, done=start.state.steps if start else 0)
+        if not self._report.tokens:
+            self._report = _Report()  # the clock starts with the first adapter, not with the engine
+        self._orders = Orders(take=False, stop=self._orders.stop)
+        return jobs
+
+    def _given(self, lanes: int) -> list[tuple[int, Checkpoint | None]]:
+        """Adapters that nobody has finished, with where each goes on; the same on every worker."""
         # The first worker reads the checkpoints too: another one might see older files.
-        given = broadcast_object(
+        return broadcast_object(
             [(number, self.plan.files.resume(number, self.names)) for number in self._unfinished(lanes)]
             if self.is_first
             else []
         )
-        if not self._report.tokens:
-            self._report = _Report()  # the clock starts with the first adapter, not with the engine
-        self._orders = Orders(take=False, stop=self._orders.stop)
-        jobs = []
-        for number, start in given:
-            user = read_history(self.histories, number)
-            examples = tokenised(self.routed.backbone, self.wording.history(user))
-            jobs.append(Job(id=user.id, examples=examples, start=start))
-            self.number_of[user.id] = number
-            if self.is_first:
-                steps = budget(len(examples), self.plan.train)
-                self.foreman.begin.remote(self.group, number, budget=steps, done=start.state.steps if start else 0)
-        return jobs
 
     def wishes(self, has_free_lanes: bool) -> Wishes:
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:

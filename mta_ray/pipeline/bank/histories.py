@@ -52,8 +52,14 @@ def open_histories(path: str) -> Artifact:
 
 
 def read_history(histories: Artifact, number: int) -> User:
-    """User number `number` of those that were collected."""
-    return from_table(pq.ParquetFile(histories.path / f"{number:05d}.parquet").read())[0]
+    """User number `number` of those that were collected. Raises ValueError where the file holds somebody else."""
+    user = from_table(pq.ParquetFile(histories.path / f"{number:05d}.parquet").read())[0]
+    if user.id != histories.settings["users"][number]:
+        raise ValueError(
+            f"{histories.path}: file {number:05d}.parquet holds another user than the artifact says; "
+            "remove that folder and run the same command again"
+        )
+    return user
 
 
 def _keep_named(batch: pa.Table, names: list[str]) -> pa.Table:

@@ -182,7 +182,7 @@ class Job:
     def _manifests(self) -> dict[str, tuple[dict, str]]:
         self.store.invalidate_cache()
         found = {}
-        for path in self.store.glob(f"{self.root}.adapters/*/manifest.json"):
+        for path in self.store.glob(f"{self.root}.adapters/*/*/manifest.json"):
             try:
                 manifest = json.loads(self.store.cat_file(path))
             except FileNotFoundError:  # gone in this moment
@@ -213,7 +213,7 @@ def test_a_group_whose_controller_is_killed_starts_again_in_the_same_place(
     kept, killed = tmp_path / "bank.adapters", []
 
     def kill() -> None:
-        while not list(kept.glob("*checkpoint*")) and not list(kept.glob("0000?")):
+        while not list(kept.glob("*/*checkpoint*")) and not list(kept.glob("*/0000?")):
             time.sleep(0.05)
         for process in psutil.Process().children(recursive=True):
             if "TrainController" in " ".join(_command(process)):

@@ -29,7 +29,7 @@ ROWS = [Tokens(tuple(range(100, 148)), 4), Tokens(tuple(range(200, 230)), 2)]
 def plan(folder: str, **changes) -> Plan:  # noqa: ANN003
     settings = {
         "base": "base",
-        "files": AdapterFiles(folder=folder, key="k"),
+        "files": AdapterFiles(root=folder, key="k"),
         "train": TrainConfig(rank=4),
         "group": GroupConfig(),
         "lanes": 0,
@@ -98,7 +98,7 @@ def test_the_plan_comes_first_then_what_is_remembered_then_the_measure(tiny_mode
     plan(where).files.remember_lanes("cpu", 6)
     assert fit_lanes(routed, plan(where), "cpu", never) == 6
     assert plan(where).files.known_lanes() == {"cpu": 6}
-    other = AdapterFiles(folder=where, key="other settings")
+    other = AdapterFiles(root=where, key="other settings")
     assert other.known_lanes() == {}
 
 
