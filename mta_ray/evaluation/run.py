@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import defaultdict
@@ -99,6 +100,8 @@ def evaluate(
     settings = {k: v for k, v in jsonable(config).items() if k in ("title", "oppu", "split", "workers")}
     if not config.force and is_current(config.out, kind="report", settings=settings, inputs=hashes):
         log.info("report: %s is current, nothing to do", config.out)
+        report = open_artifact(config.out, kind="report", verify=False)
+        Console().print(table(json.loads((report.path / "report.json").read_text(encoding="utf-8"))))
         return config.out
 
     started_s = time.perf_counter()
@@ -135,6 +138,7 @@ def evaluate(
         write_report(draft.path, summary, facts, predictions)
         draft.facts.update(users=int(predictions["user_id"].nunique()), queries=int(predictions["query_id"].nunique()))
     Console().print(table(summary))
+    log.info("report: with pictures in %s/report.html", config.out)
     return config.out
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 _PREFIX = "base_model.model."
@@ -89,7 +89,8 @@ def save_peft(adapter: Adapter, folder: str | Path, *, base_model: str) -> Path:
         "bias": "none",
         "inference_mode": True,
     }
-    save_file(tensors, folder / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
+    # save_file would make a file that only its owner may read; a server may run as somebody else.
+    (folder / "adapter_model.safetensors.tmp").write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "adapter_model.safetensors.tmp").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2))
     (folder / "adapter_config.json.tmp").rename(folder / "adapter_config.json")
