@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,6 +17,8 @@ from mta_ray.pipeline.group import GroupConfig
 
 SHARE = 0.6
 """Of the free memory that is planned with; the rest is for what is not counted, such as the products of kernels."""
+CGROUPS = Path("/sys/fs/cgroup")
+"""Where Linux says what a container may take."""
 BYTES_PER_WEIGHT = 24
 """Of an adapter in training: value, gradient, fp32 copy, two moments, their slot map, and room for a product."""
 SHARDED_LANES = 8
@@ -30,8 +34,10 @@ def fit_lanes(routed: RoutedModel, plan: Plan, device: str, longest: Callable[[]
     if known is None:
         if plan.group.zero_stage == 3:
             known = SHARDED_LANES
+        elif not (rows := longest()):
+            known = 1  # anchors without an example: they are told when it is their turn
         else:
-            cost = lane_bytes(routed, longest(), rank=plan.train.rank, workers=plan.group.workers)
+            cost = lane_bytes(routed, rows, rank=plan.train.rank, workers=plan.group.workers)
             known = int(SHARE * free_bytes(routed, groups=plan.groups) / cost)
     return max(1, min(known, plan.max_lanes))
 
@@ -66,7 +72,27 @@ def free_bytes(routed: RoutedModel, *, groups: int = 1) -> int:
     """Of the model's device, which a group has for itself; a group's share of the machine's, where that is the CPU."""
     if routed.device.type == "cuda":
         return int(torch.cuda.mem_get_info(routed.device)[0])
-    return int(psutil.virtual_memory().available) // groups
+    return min(int(psutil.virtual_memory().available), container_free_bytes(CGROUPS)) // groups
+
+
+def container_free_bytes(cgroups: Path) -> int:
+    """What the container may still take, caches that can be dropped among it; no end where it has no limit.
+
+    `cgroups` is where the kernel shows the container's own control group, of version 2 or 1.
+    """
+    for folder, most, used in (
+        (cgroups, "memory.max", "memory.current"),
+        (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit, taken = (folder / most).read_text().strip(), int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            cache = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            return max(0, int(limit) - taken + cache)
+    return sys.maxsize
 
 
 def device_name(group: GroupConfig) -> str:

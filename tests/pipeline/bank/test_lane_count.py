@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mta_ray.pipeline.bank.files import AdapterFiles
 from mta_ray.pipeline.bank.lane_count import (
     BYTES_PER_WEIGHT,
     SHARE,
+    container_free_bytes,
     fit_lanes,
     free_bytes,
     is_out_of_memory,
@@ -109,3 +111,18 @@ def test_no_memory_is_told_from_other_errors():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("Connection closed by peer"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"), [("", ("max", "current")), ("memory", ("limit_in_bytes", "usage_in_bytes"))]
+)
+def test_a_containers_limit_counts_and_its_droppable_cache_is_free(tmp_path, folder, names):
+    assert container_free_bytes(tmp_path) == sys.maxsize
+    home = tmp_path / folder
+    home.mkdir(exist_ok=True)
+    (home / f"memory.{names[1]}").write_text("700\n")
+    (home / "memory.stat").write_text("anon 500\ninactive_file 150\nactive_file 50\n")
+    (home / f"memory.{names[0]}").write_text("1000\n")
+    assert container_free_bytes(tmp_path) == 450
+    (home / f"memory.{names[0]}").write_text("max\n" if not folder else f"{2**63 - 4096}\n")
+    assert container_free_bytes(tmp_path) > 2**62
