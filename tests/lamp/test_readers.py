@@ -266,3 +266,26 @@ def test_brackets_without_end_are_told_before_they_take_all_memory(tmp_path, ope
     (tmp_path / "deep.json").write_text("[" + opening * 200_000)
     with pytest.raises(ValueError, match="deep.json is not JSON: values nested thousands deep"):
         LampFile(str(tmp_path / "deep.json"), MOVIE)
+
+
+@pytest.mark.parametrize("before", [0, 57_500, 58_500, 59_500, 300_000])
+def test_a_number_of_thousands_of_digits_is_told_wherever_it_stands(tmp_path, before):
+    profile = [{"id": "1", "description": "x" * before, "tag": "action"}]
+    text = json.dumps([movie_user(str(n)) for n in range(20)] + [movie_user("a", profile=profile, n=0)])
+    path = tmp_path / "a.json"
+    path.write_text(text.replace('"n": 0', '"n": -' + "9" * 5_000))
+    with pytest.raises(ValueError, match=r"a\.json is not JSON: a number of thousands of digits, in or after record"):
+        list(LampFile(str(path), MOVIE))
+
+
+@pytest.mark.parametrize("before", [0, 60_000, 64_900, 65_101])
+def test_thousands_of_digits_within_a_text_are_welcome(tmp_path, before):
+    told = '\\"' * (before // 2) + '" pi: ' + "3" * 70_000 + ', ["' + "\\\\"
+    users = [movie_user("a"), movie_user("b", profile=[{"id": "1", "description": told, "tag": "action"}])]
+    assert [user.history[0].content for user in LampFile(write(tmp_path / "a.json", users), MOVIE)][1] == told
+
+
+def test_an_exponent_that_no_number_has_is_told(tmp_path):
+    (tmp_path / "a.json").write_text("[1e" + "9" * 30 + "]")
+    with pytest.raises(ValueError, match=r"a\.json is not JSON: a number too large"):
+        LampFile(str(tmp_path / "a.json"), MOVIE)
