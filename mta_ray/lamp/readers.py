@@ -61,6 +61,8 @@ class LampFile:
         """Labels that the inputs list, in the order in which they were met; complete after iterating."""
         self.bytes_read = 0
         """How far the reading is: position in the file."""
+        self.names_user = False
+        """Whether the question read last names its user; else the user goes by the question's id."""
         self._default_labels = tuple(labels) or task.labels
         first = list(islice(read_records(file), FIRST_RECORDS))
         self.form = _form(file, first)
@@ -83,7 +85,8 @@ class LampFile:
 
                 # 2. what is asked, who asks, what is known of the user
                 queries = self._queries(record, golds)
-                user_id = key if golds is None or record.get("user_id") is None else _text(record, "user_id", "")
+                self.names_user = golds is not None and record.get("user_id") is not None
+                user_id = _text(record, "user_id", "") if self.names_user else key
                 history = self._history(_list(record, "profile", ""))
             except _Broken as broken:
                 yield Reject(file=self.file, position=position, id=key, reason=str(broken))
@@ -150,16 +153,28 @@ class LampFile:
 
 
 def join(users: Sequence[User]) -> User:
-    """One user of several questions of the same user: all queries, and the longest history (the last of equals)."""
-    longest = max(users, key=lambda user: len(user.history))
-    return replace(longest, queries=tuple(query for user in users for query in user.queries))
+    """One user of several questions of the same user: all queries, and the longest history (the first of equals).
+
+    Items that a query asks about are left out: a later question's profile may hold the earlier ones with their answers.
+    The history is empty where every item of every user is asked about.
+    """
+    queries = tuple(query for user in users for query in user.queries)
+    longest_first = sorted(users, key=lambda user: len(user.history), reverse=True)
+    told = (unasked(replace(user, queries=queries)) for user in longest_first)
+    return next((user for user in told if user.history), replace(users[0], history=(), queries=queries))
+
+
+def unasked(user: User) -> User:
+    """The user without the history items that are asked about: the same normalised content, in tweets the answer."""
+    asked = {normalise_label(query.content) for query in user.queries}
+    answers = {normalise_label(query.target or "") for query in user.queries} - {""}
+    kept = (i for i in user.history if not _is_one_of(i.content or i.target, asked if i.content else answers))
+    return replace(user, history=tuple(kept))
 
 
 def leaked_items(user: User) -> int:
     """How many history items are also asked about: their answers stand in the history, so a test on them is void."""
-    asked = {normalise_label(query.content) for query in user.queries}
-    answers = {normalise_label(query.target or "") for query in user.queries} - {""}
-    return sum(_is_one_of(item.content or item.target, asked if item.content else answers) for item in user.history)
+    return len(user.history) - len(unasked(user).history)
 
 
 def _is_one_of(text: str, normalised: set[str]) -> bool:

@@ -45,7 +45,7 @@ SHARDS_MAX = 500
 REJECT_SCHEMA = pa.schema(
     [("file", pa.string()), ("position", pa.int64()), ("id", pa.string()), ("reason", pa.string())]
 )
-_COUNTS = ("users", "few_shot_users", "history_items", "queries", "leaked_items")
+_COUNTS = ("users", "few_shot_users", "history_items", "queries", "leaked_items", "left_out_items")
 _READ, _WRITE = "read users", "write users"
 
 
@@ -81,8 +81,8 @@ class PrepareUsersConfig:
 def prepare_users(config: PrepareUsersConfig) -> str:
     """Where the finished artifact lies.
 
-    Users stand by shard (a hash of the id), within it in the order of the files. Questions of one user become one user;
-    a processed user who comes twice, in whichever files, is rejected the second time.
+    Users stand by shard (a hash of the id), within it in the order of the files. Questions that name the same
+    user become one user; a processed user who comes twice, in whichever files, is rejected the second time.
     """
     config = located(config, "out")
     config = replace(config, files=tuple(f if "://" in f else str(Path(f).absolute()) for f in config.files))
@@ -142,6 +142,15 @@ def _prepare(config: PrepareUsersConfig, task: Task, settings: dict[str, Any], i
         draft.facts.update(task=task.name, labels=labels, records=records, **counts)
         draft.facts.update(rejects=reasons.total(), rejects_by_reason=dict(sorted(reasons.items())))
     log.info("users: %d of %d records, %d rejects, in %s", counts["users"], records, reasons.total(), config.out)
+    if counts["left_out_items"]:
+        log.info("users: %d history items are left out, as other questions ask about them", counts["left_out_items"])
+    if counts["leaked_items"]:
+        log.warning(
+            "users: %d of %d history items are asked about by their own user's queries: the answers stand in the "
+            "history, so scores on those queries mean little; take these items out of the profiles",
+            counts["leaked_items"],
+            counts["history_items"],
+        )
     return config.out
 
 
@@ -239,7 +248,7 @@ def _spill_file(
             if isinstance(found, Reject):
                 rejects.add(found, rejected)
             else:
-                rows.add(found, position, source.form == "questions")
+                rows.add(found, position, source.names_user)
             if position % BATCH_USERS == 0:
                 board.report.remote(_READ, str(number), source.bytes_read // 2**20)
         rows.flush()
@@ -257,21 +266,27 @@ def _merge_shard(
     counts = dict.fromkeys(_COUNTS, 0)
     rows = read_spilled(spill, number)
     if rows is not None:
-        kept, repeated, again = sort_out(rows)
+        kept, further, again = sort_out(rows)
+        users = join_rows(rows, kept, further)
+        is_empty = pc.equal(pc.list_value_length(users["history"]), 0)
+        emptied = [row for row, empty in zip(kept, is_empty.to_pylist(), strict=True) if empty]
+        refused = [(row, "duplicate id") for row in again]
+        refused += [(one, "all of the profile is asked about") for row in emptied for one in (row, *further[row])]
         with pq.ParquetWriter(spill / f"rejects-1-{number:05d}.parquet", REJECT_SCHEMA) as rejected:
-            for row in again:
+            for row, reason in refused:
                 file, position, user_id = (rows[name][row].as_py() for name in ("file", "position", "user_id"))
-                rejects.add(Reject(file=files[file], position=position, id=user_id, reason="duplicate id"), rejected)
+                rejects.add(Reject(file=files[file], position=position, id=user_id, reason=reason), rejected)
             rejects.flush(rejected)
-        users = join_rows(rows, kept, repeated)
+        users = users.filter(pc.invert(is_empty)) if emptied else users
         pq.write_table(
             users.select(SCHEMA.names), out / f"users-{number:05d}.parquet", row_group_size=256, compression="zstd"
         )
         items, queries = (pc.list_value_length(users[name]) for name in ("history", "queries"))
         counts["users"] = len(users)
-        counts["few_shot_users"] = pc.sum(pc.less_equal(items, FEW_SHOT_ITEMS)).as_py()
-        counts["history_items"], counts["queries"] = pc.sum(items).as_py(), pc.sum(queries).as_py()
-        counts["leaked_items"] = pc.sum(users["leaked_items"]).as_py()
+        counts["few_shot_users"] = pc.sum(pc.less_equal(items, FEW_SHOT_ITEMS), min_count=0).as_py()
+        counts["history_items"], counts["queries"] = (pc.sum(n, min_count=0).as_py() for n in (items, queries))
+        for name in ("leaked_items", "left_out_items"):
+            counts[name] = pc.sum(users[name], min_count=0).as_py()
     board.report.remote(_WRITE, str(number), 1)
     return {"told": [json.dumps({"number": number, **counts, **rejects.told()})]}
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -243,6 +244,17 @@ def test_questions_of_one_user_join(tmp_path):
     joined = join(users)
     assert len(joined.history) == 3
     assert [query.id for query in joined.queries] == ["1", "3", "2"]
+
+
+def test_a_joined_history_holds_nothing_that_is_asked_about():
+    old, answered = (HistoryItem(id="o", content=text, target="t") for text in ("An old film", "a first film!"))
+    first = User(id="u", task="m", history=(old,), queries=(Query(id="1", content="A first film", target="t"),))
+    second = User(id="u", task="m", history=(old, answered), queries=(Query(id="2", content="Another", target="t"),))
+    assert join([first, second]).history == (old,)
+    assert join([first, replace(second, history=(answered, answered))]).history == (
+        old,
+    )  # the longest has nothing left
+    assert join([replace(first, history=(answered,)), replace(second, history=(answered,))]).history == ()
 
 
 LONG = "A long text - longer than what is compared first, and then some"
