@@ -371,17 +371,17 @@ def _date(value: Any, where: str) -> str | None:
         return None
     text = _text({"": value}, "", where)
     try:
-        if re.fullmatch(r"\d{4}(-\d\d)?", text):
+        if re.fullmatch(r"[0-9]{4}(-(0[1-9]|1[0-2]))?", text):
             return text
-        if re.fullmatch(r"\d{9,13}", text):
+        if re.fullmatch(r"[0-9]{9,13}", text):
             seconds = int(text) / (1000 if len(text) > 11 else 1)
             return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).isoformat(timespec="seconds")
         words = text.split()
-        if len(words) == 6:  # Mon May 11 03:17:40 UTC 2009
+        if len(words) == 6 and text.isascii():  # Mon May 11 03:17:40 UTC 2009
             return datetime.strptime(" ".join(words[1:4] + words[5:]), "%b %d %H:%M:%S %Y").isoformat()
         time = datetime.fromisoformat(text)
+        if time.tzinfo is not None:
+            time = time.astimezone(UTC).replace(tzinfo=None)
     except (ValueError, OverflowError, OSError):
         raise _Broken("wrong type", where) from None
-    if time.tzinfo is not None:
-        time = time.astimezone(UTC).replace(tzinfo=None)
     return time.date().isoformat() if len(text) <= 10 else time.isoformat()

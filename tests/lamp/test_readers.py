@@ -79,6 +79,27 @@ def test_numbers_are_welcome_as_ids_scores_and_dates(tmp_path):
     assert user.queries[0].target == "4"
 
 
+@pytest.mark.parametrize(
+    ("told", "date"),
+    [
+        ("2009", "2009"),
+        ("2009-12", "2009-12"),
+        ("2009-05-11T03:17:40+02:00", "2009-05-11T01:17:40"),  # in UTC, so that texts sort as times
+        ("Mon May 11 03:17:40 UTC 2009", "2009-05-11T03:17:40"),
+        ("2009-99", None),
+        ("\u0662\u0660\u0660\u0669", None),  # 2009 in Arabic digits
+        ("Mon May \u0661\u0661 03:17:40 UTC 2009", None),
+        ("0001-01-01T00:00:00+01:00", None),  # in UTC, a year that no calendar here has
+    ],
+)
+def test_dates_are_brought_to_one_form_or_rejected(tmp_path, told, date):
+    user = movie_user(profile=[movie_user()["profile"][0] | {"date": told}])
+    [found] = LampFile(write(tmp_path / "a.json", [user]), MOVIE)
+    assert (found.history[0].date if isinstance(found, User) else found.reason) == (
+        date or "wrong type: profile[0].date"
+    )
+
+
 def test_labels_are_data(tmp_path):
     task, labels = TASKS["news_categorize"], ("u.s. news", "sports")
     question = task.question.format(labels=", ".join(labels), content="Who won?")
