@@ -6,6 +6,7 @@ and Per-Pcs (a list of users with profile and queries), each as one JSON array o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -328,8 +329,10 @@ def _list(record: dict[str, Any], name: str, where: str) -> list[Any]:
 
 
 def _text(record: dict[str, Any], name: str, where: str, *, is_optional: bool = False) -> str:
-    """A field as text; numbers are welcome (ids, scores, dates)."""
+    """A field as text; numbers are welcome (ids, scores, dates), NaN and Infinity, which JSON has not, are none."""
     value: Any = record.get(name)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _Broken("wrong type", where + name)
     if isinstance(value, (Decimal, float)) and -(2**53) < value < 2**53 and value == int(value):
         value = int(value)
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float | Decimal)):

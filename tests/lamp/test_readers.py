@@ -157,6 +157,16 @@ def test_a_bad_record_is_rejected_with_its_place_and_the_rest_is_read(tmp_path, 
     assert reject.kind == reason.partition(":")[0]
 
 
+def test_nan_and_infinity_are_no_texts(tmp_path):
+    odd = movie_user("MARK", profile=[{"id": "1", "description": "x", "tag": "comedy"}])
+    lines = [json.dumps(odd).replace('"x"', value) for value in ("NaN", "-Infinity", "1e400")]
+    lines.append(json.dumps(odd).replace('"MARK"', "NaN"))
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, json.dumps(movie_user())]))
+    *rejects, last = LampFile(str(tmp_path / "a.jsonl"), MOVIE)
+    assert [reject.reason for reject in rejects] == ["wrong type: profile[0].description"] * 3 + ["wrong type: user_id"]
+    assert last == EXPECTED
+
+
 def test_a_duplicate_is_told_from_a_record_that_was_rejected_before(tmp_path):
     path = write(tmp_path / "a.json", [movie_user("a"), movie_user("b", profile=[]), movie_user("b"), movie_user("a")])
     found = list(LampFile(path, MOVIE))
