@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 KIND = "users"
 SHARDS_MAX = 500
 """A reader holds one open file a shard; systems allow about 1,000."""
+TOLD_REJECTS = 5
+"""So many rejects an error names, where too many of them stop the run."""
 
 REJECT_SCHEMA = pa.schema(
     [("file", pa.string()), ("position", pa.int64()), ("id", pa.string()), ("reason", pa.string())]
@@ -300,10 +302,11 @@ class _Rejects:
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._reasons: Counter[str] = Counter()
-        self._first = ""
+        self._some: list[str] = []
 
     def add(self, reject: Reject, writer: pq.ParquetWriter) -> None:
-        self._first = self._first or f"{reject.file}, record {reject.position}: {reject.reason}"
+        if len(self._some) < TOLD_REJECTS:
+            self._some.append(f"{reject.file}, record {reject.position}: {reject.reason}")
         self._reasons[reject.kind] += 1
         self._rows.append(asdict(reject))
         if len(self._rows) == 1000:
@@ -314,7 +317,7 @@ class _Rejects:
         self._rows = []
 
     def told(self) -> dict[str, Any]:
-        return {"rejects": self._reasons, "first_reject": self._first}
+        return {"rejects": self._reasons, "some_rejects": self._some}
 
 
 def _reasons(told: list[dict[str, Any]]) -> Counter[str]:
@@ -323,13 +326,14 @@ def _reasons(told: list[dict[str, Any]]) -> Counter[str]:
 
 def _check_share(config: PrepareUsersConfig, told: list[dict[str, Any]], records: int) -> None:
     reasons = _reasons(told)
-    if reasons.total() <= config.max_reject_share * records:
+    if not reasons.total() or reasons.total() / records <= config.max_reject_share:  # 0.29 * 100 is less than 29
         return
     counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    first = next(row["first_reject"] for row in told if row["first_reject"])
+    some = [reject for row in told for reject in row["some_rejects"]][:TOLD_REJECTS]
     raise ValueError(
         f"{reasons.total()} of {records} records rejected, more than the share {config.max_reject_share:g}: {counted}; "
-        f"first: {first}; mend the files, or raise --max-reject-share and look into rejects.parquet"
+        f"the first: {'; '.join(some)}; nothing was published: mend the files, or raise --max-reject-share to go on "
+        "without these records"
     )
 
 

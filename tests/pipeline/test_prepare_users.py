@@ -67,12 +67,13 @@ def test_rejects_are_written_with_their_reasons_also_across_files(tmp_path):
 
 
 def test_too_many_rejects_stop_the_run_and_publish_nothing(tmp_path):
-    records = [record(f"u{n}") for n in range(18)] + [record("x", items=0), record("u3")]
+    records = [record(f"u{n}") for n in range(71)] + [record(f"x{n}", items=0) for n in range(28)] + [record("u3")]
     file = write(tmp_path / "a.json", records)
-    with pytest.raises(ValueError, match="2 of 20 records rejected, more than the share 0.05: .*1 empty profile"):
-        prepare_users(config(tmp_path, file))
+    with pytest.raises(ValueError, match="29 of 100 records rejected, more than the share 0.28: .*1 dup") as caught:
+        prepare_users(config(tmp_path, file, max_reject_share=0.28))
+    assert [f"record {n}:" in str(caught.value) for n in (70, 71, 75, 76)] == [False, True, True, False]
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert Path(prepare_users(config(tmp_path, file, max_reject_share=0.1))).is_dir()
+    assert Path(prepare_users(config(tmp_path, file, max_reject_share=0.29))).is_dir()  # 0.29 * 100 < 29 in floats
 
 
 def test_a_truncated_file_is_one_clear_error_and_what_was_there_stays(tmp_path):
