@@ -55,16 +55,17 @@ class LampFile:
 
     def __init__(self, file: str, task: Task, *, outputs: str | None = None, labels: Sequence[str] = ()) -> None:
         """`outputs`: where the answers lie; by default X_outputs.json beside X_questions.json. `labels`: the allowed
-        answers where no input lists them; by default those of the inputs so far, else the task's."""
+        answers where no input lists them; by default those of all the file's inputs, else the task's."""
         self.file = file
         self.task = task
         self.labels: tuple[str, ...] = ()
-        """Labels that the inputs list, in the order in which they were met; complete after iterating."""
+        """Labels that the inputs list, in the order in which they stand in the file; complete after iterating."""
         self.bytes_read = 0
         """How far the reading is: position in the file."""
         self.names_user = False
         """Whether the question read last names its user; else the user goes by the question's id."""
         self._default_labels = tuple(labels) or task.labels
+        self._is_looked_ahead = "labels" not in _pattern(task).groupindex
         first = list(islice(read_records(file), FIRST_RECORDS))
         self.form = _form(file, first)
         _check_task(file, task, [record for record in first if isinstance(record, dict)])
@@ -122,11 +123,10 @@ class LampFile:
             raise _Broken("missing field", f"{where}input has no text to ask about")
         options = (found["option_1"], found["option_2"]) if "option_1" in found else ()
         listed = _split_labels(found.get("labels", ""))
-        if listed and listed != self.labels:
-            self.labels += tuple(label for label in listed if label not in self.labels)
+        self._add_labels(listed)
         gold = _text(asked, "gold", where)
         if self.task.kind != "text":
-            gold = _label(gold, listed or self._known_labels(), f"{where}gold")
+            gold = _label(gold, listed, f"{where}gold") if listed else self._label(gold, f"{where}gold")
         return Query(id=_text(asked, "id", where), content=found["content"], target=gold, options=options)
 
     def _history(self, profile: list[Any]) -> tuple[HistoryItem, ...]:
@@ -145,12 +145,34 @@ class LampFile:
             raise _Broken("missing field", where + " or ".join(self.task.content_fields))
         target = _text(item, self.task.target_field, where, is_optional=self.task.is_target_optional)
         if self.task.has_label_targets:
-            target = _label(target, self._known_labels(), where + self.task.target_field)
+            target = self._label(target, where + self.task.target_field)
         item_id = _text(item, "id", where, is_optional=True) or str(number)
         return HistoryItem(id=item_id, content=content, target=target, date=_date(item.get("date"), f"{where}date"))
 
-    def _known_labels(self) -> tuple[str, ...]:
-        return self.labels or self._default_labels
+    def _label(self, text: str, where: str) -> str:
+        """A label of the file: what inputs further on list counts too, whatever the order of the records."""
+        try:
+            if not self.labels and not self._is_looked_ahead:
+                self._look_ahead()
+            return _label(text, self.labels or self._default_labels, where)
+        except _Broken:
+            if self._is_looked_ahead:
+                raise
+        self._look_ahead()
+        return _label(text, self.labels or self._default_labels, where)
+
+    def _look_ahead(self) -> None:
+        """All labels that the file's inputs list: one more reading of it, for the few files that need it."""
+        self._is_looked_ahead = True
+        for record in read_records(self.file):
+            if isinstance(record, dict):
+                for text in _inputs(record):
+                    match = _pattern(self.task).fullmatch(text)
+                    self._add_labels(_split_labels(match["labels"] or "") if match else ())
+
+    def _add_labels(self, listed: tuple[str, ...]) -> None:
+        if listed != self.labels:
+            self.labels += tuple(label for label in listed if label not in self.labels)
 
 
 def join(users: Sequence[User]) -> User:
@@ -202,11 +224,7 @@ def _form(file: str, records: list[Any]) -> Literal["questions", "users"]:
 
 def _check_task(file: str, task: Task, records: list[dict[str, Any]]) -> None:
     """The first questions must be worded as this task's; if none is, the file is of another task."""
-    asked = [record for record in records if isinstance(record.get("input"), str)]
-    for record in records:
-        queries = record.get("query")
-        asked += [query for query in queries if isinstance(query, dict)] if isinstance(queries, list) else []
-    inputs = [query["input"] for query in asked if isinstance(query.get("input"), str)]
+    inputs = [text for record in records for text in _inputs(record)]
     if not inputs or any(_pattern(task).fullmatch(text) for text in inputs):
         return
     for other in TASKS.values():
@@ -215,6 +233,13 @@ def _check_task(file: str, task: Task, records: list[dict[str, Any]]) -> None:
     raise ValueError(
         f"{file} holds questions in no LaMP task's wording; wanted, for {task.name}: {task.question!r}; word them so"
     )
+
+
+def _inputs(record: dict[str, Any]) -> list[str]:
+    """The texts of a record's questions, as far as they can be read."""
+    queries = record.get("query")
+    asked = [record, *(queries if isinstance(queries, list) else ())]
+    return [query["input"] for query in asked if isinstance(query, dict) and isinstance(query.get("input"), str)]
 
 
 def _find_outputs(file: str, task: Task, given: str | None) -> str:

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 
@@ -113,6 +114,20 @@ def test_labels_are_data(tmp_path):
     assert file.labels == labels
     assert user.history[0] == HistoryItem(id="1", content="A goal", target="sports")
     assert user.queries[0].target == "u.s. news"
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_labels_hold_for_the_whole_file_whatever_its_order(tmp_path, order):
+    def user(name, tag, *labels):
+        query = [{"id": "q", "input": movie_input("x", labels), "gold": labels[0]}] if labels else []
+        return movie_user(name, profile=[{"id": "1", "description": "x", "tag": tag}], query=query)
+
+    users = [user("a", "alpha", "alpha", "beta"), user("b", "Gamma", "beta", "gamma"), user("c", "gamma")]
+    users.append(user("d", "comedy"))  # one of the task's labels, and none of this file's
+    file = LampFile(write(tmp_path / "a.json", [users[n] for n in order]), MOVIE)
+    found = {told.id: told.history[0].target if isinstance(told, User) else told.reason for told in file}
+    assert found == {"a": "alpha", "b": "gamma", "c": "gamma", "d": "unknown label: profile[0].tag"}
+    assert sorted(file.labels) == ["alpha", "beta", "gamma"]
 
 
 def test_citations_have_options_and_may_lack_the_profile_target(tmp_path):
