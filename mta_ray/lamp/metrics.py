@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -12,6 +14,8 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_
 from mta_ray.lamp.tasks import Task, normalise_label
 
 __all__ = ["normalise_label", "query_score", "score"]
+
+log = logging.getLogger(__name__)
 
 _UNKNOWN = -1
 """The class of an output that is none of the labels: never right, and no class that F1 averages over."""
@@ -36,6 +40,8 @@ def score(
         ratings = [_rating(text, truth, names) for text, truth in zip(predictions, truths, strict=True)]
         values = (mean_absolute_error(truths, ratings), root_mean_squared_error(truths, ratings))
     else:
+        if any(_ROUGE_WORD.search(gold) is None for gold in golds):
+            _warn_of_wordless(task.name)
         rouges = [_rouge().score(gold, text) for text, gold in zip(predictions, golds, strict=True)]
         values = tuple(sum(r[name].fmeasure for r in rouges) / len(rouges) for name in ("rouge1", "rougeL"))
     return {name: float(value) for name, value in zip(task.metrics, values, strict=True)}
@@ -83,6 +89,19 @@ def _rating(text: str, truth: float, scale: tuple[str, ...]) -> float:
     if low <= value <= high:
         return value
     return low if truth - low > high - truth else high
+
+
+_ROUGE_WORD = re.compile("[a-z0-9]", re.IGNORECASE | re.ASCII)
+
+
+@cache
+def _warn_of_wordless(task: str) -> None:
+    """Once a process: golds in which ROUGE sees no word."""
+    log.warning(
+        "%s: gold answers hold no Latin letter and no digit, the only ones that ROUGE (rouge_score) sees; every answer "
+        "to them scores 0, right ones too: look at other metrics, or leave these queries out",
+        task,
+    )
 
 
 @cache

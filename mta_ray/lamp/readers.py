@@ -6,6 +6,7 @@ and Per-Pcs (a list of users with profile and queries), each as one JSON array o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -54,14 +55,17 @@ class LampFile:
 
     def __init__(self, file: str, task: Task, *, outputs: str | None = None, labels: Sequence[str] = ()) -> None:
         """`outputs`: where the answers lie; by default X_outputs.json beside X_questions.json. `labels`: the allowed
-        answers where no input lists them; by default those of the inputs so far, else the task's."""
+        answers where no input lists them; by default those of all the file's inputs, else the task's."""
         self.file = file
         self.task = task
         self.labels: tuple[str, ...] = ()
-        """Labels that the inputs list, in the order in which they were met; complete after iterating."""
+        """Labels that the inputs list, in the order in which they stand in the file; complete after iterating."""
         self.bytes_read = 0
         """How far the reading is: position in the file."""
+        self.names_user = False
+        """Whether the question read last names its user; else the user goes by the question's id."""
         self._default_labels = tuple(labels) or task.labels
+        self._is_looked_ahead = "labels" not in _pattern(task).groupindex
         first = list(islice(read_records(file), FIRST_RECORDS))
         self.form = _form(file, first)
         _check_task(file, task, [record for record in first if isinstance(record, dict)])
@@ -83,7 +87,8 @@ class LampFile:
 
                 # 2. what is asked, who asks, what is known of the user
                 queries = self._queries(record, golds)
-                user_id = key if golds is None or record.get("user_id") is None else _text(record, "user_id", "")
+                self.names_user = golds is not None and record.get("user_id") is not None
+                user_id = _text(record, "user_id", "") if self.names_user else key
                 history = self._history(_list(record, "profile", ""))
             except _Broken as broken:
                 yield Reject(file=self.file, position=position, id=key, reason=str(broken))
@@ -118,11 +123,10 @@ class LampFile:
             raise _Broken("missing field", f"{where}input has no text to ask about")
         options = (found["option_1"], found["option_2"]) if "option_1" in found else ()
         listed = _split_labels(found.get("labels", ""))
-        if listed and listed != self.labels:
-            self.labels += tuple(label for label in listed if label not in self.labels)
+        self._add_labels(listed)
         gold = _text(asked, "gold", where)
         if self.task.kind != "text":
-            gold = _label(gold, listed or self._known_labels(), f"{where}gold")
+            gold = _label(gold, listed, f"{where}gold") if listed else self._label(gold, f"{where}gold")
         return Query(id=_text(asked, "id", where), content=found["content"], target=gold, options=options)
 
     def _history(self, profile: list[Any]) -> tuple[HistoryItem, ...]:
@@ -141,25 +145,59 @@ class LampFile:
             raise _Broken("missing field", where + " or ".join(self.task.content_fields))
         target = _text(item, self.task.target_field, where, is_optional=self.task.is_target_optional)
         if self.task.has_label_targets:
-            target = _label(target, self._known_labels(), where + self.task.target_field)
+            target = self._label(target, where + self.task.target_field)
         item_id = _text(item, "id", where, is_optional=True) or str(number)
         return HistoryItem(id=item_id, content=content, target=target, date=_date(item.get("date"), f"{where}date"))
 
-    def _known_labels(self) -> tuple[str, ...]:
-        return self.labels or self._default_labels
+    def _label(self, text: str, where: str) -> str:
+        """A label of the file: what inputs further on list counts too, whatever the order of the records."""
+        try:
+            if not self.labels and not self._is_looked_ahead:
+                self._look_ahead()
+            return _label(text, self.labels or self._default_labels, where)
+        except _Broken:
+            if self._is_looked_ahead:
+                raise
+        self._look_ahead()
+        return _label(text, self.labels or self._default_labels, where)
+
+    def _look_ahead(self) -> None:
+        """All labels that the file's inputs list: one more reading of it, for the few files that need it."""
+        self._is_looked_ahead = True
+        for record in read_records(self.file):
+            if isinstance(record, dict):
+                for text in _inputs(record):
+                    match = _pattern(self.task).fullmatch(text)
+                    self._add_labels(_split_labels(match["labels"] or "") if match else ())
+
+    def _add_labels(self, listed: tuple[str, ...]) -> None:
+        if listed != self.labels:
+            self.labels += tuple(label for label in listed if label not in self.labels)
 
 
 def join(users: Sequence[User]) -> User:
-    """One user of several questions of the same user: all queries, and the longest history (the last of equals)."""
-    longest = max(users, key=lambda user: len(user.history))
-    return replace(longest, queries=tuple(query for user in users for query in user.queries))
+    """One user of several questions of the same user: all queries, and the longest history (the first of equals).
+
+    Items that a query asks about are left out: a later question's profile may hold the earlier ones with their answers.
+    The history is empty where every item of every user is asked about.
+    """
+    queries = tuple(query for user in users for query in user.queries)
+    longest_first = sorted(users, key=lambda user: len(user.history), reverse=True)
+    told = (unasked(replace(user, queries=queries)) for user in longest_first)
+    return next((user for user in told if user.history), replace(users[0], history=(), queries=queries))
+
+
+def unasked(user: User) -> User:
+    """The user without the history items that are asked about: the same normalised content, in tweets the answer."""
+    asked = {normalise_label(query.content) for query in user.queries}
+    answers = {normalise_label(query.target or "") for query in user.queries} - {""}
+    kept = (i for i in user.history if not _is_one_of(i.content or i.target, asked if i.content else answers))
+    return replace(user, history=tuple(kept))
 
 
 def leaked_items(user: User) -> int:
     """How many history items are also asked about: their answers stand in the history, so a test on them is void."""
-    asked = {normalise_label(query.content) for query in user.queries}
-    answers = {normalise_label(query.target or "") for query in user.queries} - {""}
-    return sum(_is_one_of(item.content or item.target, asked if item.content else answers) for item in user.history)
+    return len(user.history) - len(unasked(user).history)
 
 
 def _is_one_of(text: str, normalised: set[str]) -> bool:
@@ -186,11 +224,7 @@ def _form(file: str, records: list[Any]) -> Literal["questions", "users"]:
 
 def _check_task(file: str, task: Task, records: list[dict[str, Any]]) -> None:
     """The first questions must be worded as this task's; if none is, the file is of another task."""
-    asked = [record for record in records if isinstance(record.get("input"), str)]
-    for record in records:
-        queries = record.get("query")
-        asked += [query for query in queries if isinstance(query, dict)] if isinstance(queries, list) else []
-    inputs = [query["input"] for query in asked if isinstance(query.get("input"), str)]
+    inputs = [text for record in records for text in _inputs(record)]
     if not inputs or any(_pattern(task).fullmatch(text) for text in inputs):
         return
     for other in TASKS.values():
@@ -199,6 +233,13 @@ def _check_task(file: str, task: Task, records: list[dict[str, Any]]) -> None:
     raise ValueError(
         f"{file} holds questions in no LaMP task's wording; wanted, for {task.name}: {task.question!r}; word them so"
     )
+
+
+def _inputs(record: dict[str, Any]) -> list[str]:
+    """The texts of a record's questions, as far as they can be read."""
+    queries = record.get("query")
+    asked = [record, *(queries if isinstance(queries, list) else ())]
+    return [query["input"] for query in asked if isinstance(query, dict) and isinstance(query.get("input"), str)]
 
 
 def _find_outputs(file: str, task: Task, given: str | None) -> str:
@@ -313,8 +354,10 @@ def _list(record: dict[str, Any], name: str, where: str) -> list[Any]:
 
 
 def _text(record: dict[str, Any], name: str, where: str, *, is_optional: bool = False) -> str:
-    """A field as text; numbers are welcome (ids, scores, dates)."""
+    """A field as text; numbers are welcome (ids, scores, dates), NaN and Infinity, which JSON has not, are none."""
     value: Any = record.get(name)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _Broken("wrong type", where + name)
     if isinstance(value, (Decimal, float)) and -(2**53) < value < 2**53 and value == int(value):
         value = int(value)
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float | Decimal)):
@@ -356,17 +399,17 @@ def _date(value: Any, where: str) -> str | None:
         return None
     text = _text({"": value}, "", where)
     try:
-        if re.fullmatch(r"\d{4}(-\d\d)?", text):
+        if re.fullmatch(r"[0-9]{4}(-(0[1-9]|1[0-2]))?", text):
             return text
-        if re.fullmatch(r"\d{9,13}", text):
+        if re.fullmatch(r"[0-9]{9,13}", text):
             seconds = int(text) / (1000 if len(text) > 11 else 1)
             return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).isoformat(timespec="seconds")
         words = text.split()
-        if len(words) == 6:  # Mon May 11 03:17:40 UTC 2009
+        if len(words) == 6 and text.isascii():  # Mon May 11 03:17:40 UTC 2009
             return datetime.strptime(" ".join(words[1:4] + words[5:]), "%b %d %H:%M:%S %Y").isoformat()
         time = datetime.fromisoformat(text)
+        if time.tzinfo is not None:
+            time = time.astimezone(UTC).replace(tzinfo=None)
     except (ValueError, OverflowError, OSError):
         raise _Broken("wrong type", where) from None
-    if time.tzinfo is not None:
-        time = time.astimezone(UTC).replace(tzinfo=None)
     return time.date().isoformat() if len(text) <= 10 else time.isoformat()

@@ -6,6 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
+from decimal import DecimalException
 from itertools import count, islice
 from typing import Any
 
@@ -84,7 +85,7 @@ def _array(file: str, prefix: str, tell: Callable[[int], None]) -> Iterator[Any]
                 value = next(values)
             except StopIteration:
                 return
-            except (JSONError, ValueError) as error:  # ValueError: a number of thousands of digits
+            except (JSONError, ValueError, DecimalException) as error:  # of _Utf8 and of Decimal
                 raise ValueError(_what_is_wrong(file, error, number, text.bytes_read)) from None
             tell(text.bytes_read)
             is_broken = text.is_repaired and _is_broken(value)
@@ -92,14 +93,19 @@ def _array(file: str, prefix: str, tell: Callable[[int], None]) -> Iterator[Any]
 
 
 def _what_is_wrong(file: str, error: Exception, number: int, position: int) -> str:
-    what = str(error).partition("\n")[0]  # the rest of yajl's message quotes the file
+    is_exponent = isinstance(error, DecimalException)
+    what = "a number too large" if is_exponent else str(error).partition("\n")[0]  # the rest of yajl's quotes the file
     if "premature EOF" in what:
         return f"{file} is cut off: it ends at byte {position}, in or after record {number}, not with ]; copy it again"
-    return f"{file} is not JSON: {what}, in record {number}, at most 64 KiB before byte {position}; mend or replace it"
+    where = f"in or after record {number}, at most 64 KiB before byte {position}"
+    return f"{file} is not JSON: {what}, {where}; mend or replace it"
 
 
 class _Utf8:
-    """A byte stream as valid UTF-8: what is broken becomes one noncharacter, so that only its record is lost."""
+    """A byte stream as valid UTF-8: what is broken becomes one noncharacter, so that only its record is lost.
+
+    What ijson cannot bear (see `_TOO_DEEP`, `_LongNumbers`) is a ValueError before ijson gets it.
+    """
 
     MARK = "\ufdd0"
 
@@ -107,6 +113,7 @@ class _Utf8:
         self.bytes_read = 0
         self.is_repaired = False
         self._stream = stream
+        self._long_numbers = _LongNumbers()
         self._decode = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape").decode
 
     def read(self, size: int) -> bytes:
@@ -121,6 +128,7 @@ class _Utf8:
                 clean = _SURROGATES.sub(self.MARK, text).encode()
             if _TOO_DEEP.search(clean):
                 raise ValueError("values nested thousands deep")
+            self._long_numbers.look_for(clean)
             if clean or not chunk:
                 return clean
         return b""
@@ -128,6 +136,42 @@ class _Utf8:
 
 _TOO_DEEP = re.compile(rb'(?:[\[{]\s*(?:"[^"\\]{0,20}"\s*:\s*)?){2000}')
 """ijson's memory grows with the square of the depth: 100,000 brackets would take 26 GB."""
+
+
+class _LongNumbers:
+    """Looks at JSON, chunk by chunk, for integers that Python refuses to read: ijson's C code crashes on them.
+
+    Digits within a text are no number.
+    """
+
+    _START = re.compile(rb"[\[,:\s-][0-9]{4000}")  # Python's limit is 4,300 digits
+    _START_BYTES = 4001
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self._is_in_text = False
+        self._backslash = b""
+        """The backslash, if one ends the last chunk and what it escapes begins the next."""
+
+    def look_for(self, chunk: bytes) -> None:
+        """ValueError where such a number begins or goes on in this chunk."""
+        start = len(self._tail)  # shorter than what is looked for: whatever is found ends in this chunk
+        joined = self._tail + chunk
+        may_be = any(joined[n : n + 2000].isdigit() for n in range(0, len(joined), 2000))  # quick, and mostly false
+        for found in self._START.finditer(joined) if may_be else ():
+            if self._is_in_text == _has_even_quotes(self._backslash + chunk[: found.end() - start]):
+                continue
+            raise ValueError("a number of thousands of digits")
+        self._tail = joined[1 - self._START_BYTES :]
+        text = self._backslash + chunk
+        self._is_in_text ^= not _has_even_quotes(text)
+        self._backslash = b"\\" * ((len(text) - len(text.rstrip(b"\\"))) % 2)
+
+
+def _has_even_quotes(text: bytes) -> bool:
+    return text.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') % 2 == 0
+
+
 _SURROGATES = re.compile("[\ud800-\udfff]+")
 _UNWRITABLE = re.compile(f"[\ud800-\udfff]+|{_Utf8.MARK}")
 
@@ -184,7 +228,7 @@ def _why_no_lines(file: str) -> str:
                     keys[value] = None
                     if len(keys) == 6:
                         break
-    except (JSONError, ValueError) as error:
+    except (JSONError, ValueError, DecimalException) as error:
         if "premature EOF" in str(error):
             return f"{file} is cut off: it ends within its first record; copy it again"
         return f"{file} is not JSON: {str(error).partition(chr(10))[0]}; mend or replace it"

@@ -69,7 +69,10 @@ class Task:
     blank_question: str = ""
     """The wording where there is no content to ask about."""
     input_pattern: str
-    """Regular expression that takes `content`, `labels`, `option_1` and `option_2` out of a LaMP `input`."""
+    """Regular expression that takes `content`, `labels`, `option_1` and `option_2` out of a LaMP `input`.
+
+    In steps that are not taken back, `(?>...)`: else a long text with a step's words again and again takes hours.
+    """
     context_wording: str
     """How one earlier item of the user is told before LaMP's question, with {content} and {target}."""
     content_word: str
@@ -109,8 +112,8 @@ TASKS: dict[str, Task] = {
             labels=("[1]", "[2]"),
             question='For an author who has written the paper with the title "{content}", which reference is related? '
             'Just answer with [1] or [2] without explanation. [1]: "{option_1}" [2]: "{option_2}"',
-            input_pattern=r'for an author who has written the paper with the title "(?P<content>.*?)", which reference '
-            r'is related\?.*?\[1\]: "(?P<option_1>.*?)"\s*\[2\]: "(?P<option_2>.*)"',
+            input_pattern=r'for an author who has written the paper with the title "(?>(?P<content>.*?)", which '
+            r'reference is related\?)(?>.*?\[1\]: ")(?>(?P<option_1>.*?)"\s*+\[2\]: ")(?P<option_2>.*)"',
             context_wording='the paper "{content}" cites "{target}"',
             content_word="paper",
             target_word="reference",
@@ -128,7 +131,7 @@ TASKS: dict[str, Task] = {
             has_label_targets=True,
             question="Which tag does this movie relate to among the following tags? Just answer with the tag name "
             "without further explanation. tags: [{labels}] description: {content}",
-            input_pattern=r"which tag does this movie relate to.*?tags: \[(?P<labels>[^\]]*)\]\s*"
+            input_pattern=r"which tag does this movie relate to(?>.*?tags: \[)(?P<labels>[^\]]*+)\]\s*+"
             r"description: (?P<content>.*)",
             context_wording='the tag for the movie: "{content}" is "{target}"',
             content_word="description",
@@ -147,8 +150,9 @@ TASKS: dict[str, Task] = {
             has_label_targets=True,
             question="Which category does this article relate to among the following categories? Just answer with the "
             "category name without further explanation. categories: [{labels}] article: {content}",
-            input_pattern=r"which category does (?:this|the following) article relate to.*?"
-            r"(?:categories: \[(?P<labels>[^\]]*)\]\s*)?article: (?P<content>.*)",
+            input_pattern=r"which category does (?:this|the following) article relate to"
+            r"(?>.*?(?=categories: \[|article: ))"
+            r"(?:categories: \[(?P<labels>[^\]]*+)\]\s*+)?article: (?P<content>.*)",
             context_wording='the category for the article: "{content}" is "{target}"',
             content_word="article",
             target_word="category",

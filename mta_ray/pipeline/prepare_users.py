@@ -41,11 +41,13 @@ log = logging.getLogger(__name__)
 KIND = "users"
 SHARDS_MAX = 500
 """A reader holds one open file a shard; systems allow about 1,000."""
+TOLD_REJECTS = 5
+"""So many rejects an error names, where too many of them stop the run."""
 
 REJECT_SCHEMA = pa.schema(
     [("file", pa.string()), ("position", pa.int64()), ("id", pa.string()), ("reason", pa.string())]
 )
-_COUNTS = ("users", "few_shot_users", "history_items", "queries", "leaked_items")
+_COUNTS = ("users", "few_shot_users", "history_items", "queries", "leaked_items", "left_out_items")
 _READ, _WRITE = "read users", "write users"
 
 
@@ -81,8 +83,8 @@ class PrepareUsersConfig:
 def prepare_users(config: PrepareUsersConfig) -> str:
     """Where the finished artifact lies.
 
-    Users stand by shard (a hash of the id), within it in the order of the files. Questions of one user become one user;
-    a processed user who comes twice, in whichever files, is rejected the second time.
+    Users stand by shard (a hash of the id), within it in the order of the files. Questions that name the same
+    user become one user; a processed user who comes twice, in whichever files, is rejected the second time.
     """
     config = located(config, "out")
     config = replace(config, files=tuple(f if "://" in f else str(Path(f).absolute()) for f in config.files))
@@ -142,6 +144,15 @@ def _prepare(config: PrepareUsersConfig, task: Task, settings: dict[str, Any], i
         draft.facts.update(task=task.name, labels=labels, records=records, **counts)
         draft.facts.update(rejects=reasons.total(), rejects_by_reason=dict(sorted(reasons.items())))
     log.info("users: %d of %d records, %d rejects, in %s", counts["users"], records, reasons.total(), config.out)
+    if counts["left_out_items"]:
+        log.info("users: %d history items are left out, as other questions ask about them", counts["left_out_items"])
+    if counts["leaked_items"]:
+        log.warning(
+            "users: %d of %d history items are asked about by their own user's queries: the answers stand in the "
+            "history, so scores on those queries mean little; take these items out of the profiles",
+            counts["leaked_items"],
+            counts["history_items"],
+        )
     return config.out
 
 
@@ -239,7 +250,7 @@ def _spill_file(
             if isinstance(found, Reject):
                 rejects.add(found, rejected)
             else:
-                rows.add(found, position, source.form == "questions")
+                rows.add(found, position, source.names_user)
             if position % BATCH_USERS == 0:
                 board.report.remote(_READ, str(number), source.bytes_read // 2**20)
         rows.flush()
@@ -257,21 +268,27 @@ def _merge_shard(
     counts = dict.fromkeys(_COUNTS, 0)
     rows = read_spilled(spill, number)
     if rows is not None:
-        kept, repeated, again = sort_out(rows)
+        kept, further, again = sort_out(rows)
+        users = join_rows(rows, kept, further)
+        is_empty = pc.equal(pc.list_value_length(users["history"]), 0)
+        emptied = [row for row, empty in zip(kept, is_empty.to_pylist(), strict=True) if empty]
+        refused = [(row, "duplicate id") for row in again]
+        refused += [(one, "all of the profile is asked about") for row in emptied for one in (row, *further[row])]
         with pq.ParquetWriter(spill / f"rejects-1-{number:05d}.parquet", REJECT_SCHEMA) as rejected:
-            for row in again:
+            for row, reason in refused:
                 file, position, user_id = (rows[name][row].as_py() for name in ("file", "position", "user_id"))
-                rejects.add(Reject(file=files[file], position=position, id=user_id, reason="duplicate id"), rejected)
+                rejects.add(Reject(file=files[file], position=position, id=user_id, reason=reason), rejected)
             rejects.flush(rejected)
-        users = join_rows(rows, kept, repeated)
+        users = users.filter(pc.invert(is_empty)) if emptied else users
         pq.write_table(
             users.select(SCHEMA.names), out / f"users-{number:05d}.parquet", row_group_size=256, compression="zstd"
         )
         items, queries = (pc.list_value_length(users[name]) for name in ("history", "queries"))
         counts["users"] = len(users)
-        counts["few_shot_users"] = pc.sum(pc.less_equal(items, FEW_SHOT_ITEMS)).as_py()
-        counts["history_items"], counts["queries"] = pc.sum(items).as_py(), pc.sum(queries).as_py()
-        counts["leaked_items"] = pc.sum(users["leaked_items"]).as_py()
+        counts["few_shot_users"] = pc.sum(pc.less_equal(items, FEW_SHOT_ITEMS), min_count=0).as_py()
+        counts["history_items"], counts["queries"] = (pc.sum(n, min_count=0).as_py() for n in (items, queries))
+        for name in ("leaked_items", "left_out_items"):
+            counts[name] = pc.sum(users[name], min_count=0).as_py()
     board.report.remote(_WRITE, str(number), 1)
     return {"told": [json.dumps({"number": number, **counts, **rejects.told()})]}
 
@@ -285,10 +302,11 @@ class _Rejects:
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._reasons: Counter[str] = Counter()
-        self._first = ""
+        self._some: list[str] = []
 
     def add(self, reject: Reject, writer: pq.ParquetWriter) -> None:
-        self._first = self._first or f"{reject.file}, record {reject.position}: {reject.reason}"
+        if len(self._some) < TOLD_REJECTS:
+            self._some.append(f"{reject.file}, record {reject.position}: {reject.reason}")
         self._reasons[reject.kind] += 1
         self._rows.append(asdict(reject))
         if len(self._rows) == 1000:
@@ -299,7 +317,7 @@ class _Rejects:
         self._rows = []
 
     def told(self) -> dict[str, Any]:
-        return {"rejects": self._reasons, "first_reject": self._first}
+        return {"rejects": self._reasons, "some_rejects": self._some}
 
 
 def _reasons(told: list[dict[str, Any]]) -> Counter[str]:
@@ -308,13 +326,14 @@ def _reasons(told: list[dict[str, Any]]) -> Counter[str]:
 
 def _check_share(config: PrepareUsersConfig, told: list[dict[str, Any]], records: int) -> None:
     reasons = _reasons(told)
-    if reasons.total() <= config.max_reject_share * records:
+    if not reasons.total() or reasons.total() / records <= config.max_reject_share:  # 0.29 * 100 is less than 29
         return
     counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    first = next(row["first_reject"] for row in told if row["first_reject"])
+    some = [reject for row in told for reject in row["some_rejects"]][:TOLD_REJECTS]
     raise ValueError(
         f"{reasons.total()} of {records} records rejected, more than the share {config.max_reject_share:g}: {counted}; "
-        f"first: {first}; mend the files, or raise --max-reject-share and look into rejects.parquet"
+        f"the first: {'; '.join(some)}; nothing was published: mend the files, or raise --max-reject-share to go on "
+        "without these records"
     )
 
 

@@ -23,7 +23,13 @@ BATCH_USERS = 64
 BUFFER_MIB = 32
 """What a reader gathers, over all shards, before it writes."""
 
-_ORIGIN = [("file", pa.int32()), ("position", pa.int64()), ("is_question", pa.bool_()), ("leaked_items", pa.int32())]
+_ORIGIN = [
+    ("file", pa.int32()),
+    ("position", pa.int64()),
+    ("names_user", pa.bool_()),
+    ("leaked_items", pa.int32()),
+    ("left_out_items", pa.int32()),
+]
 _SPILL_SCHEMA = pa.schema([*SCHEMA, *_ORIGIN])
 
 
@@ -38,10 +44,11 @@ class Spill:
         self._writers: dict[int, pq.ParquetWriter] = {}
         self._buffered_bytes = 0
 
-    def add(self, user: User, position: int, is_question: bool) -> None:
-        origin = {"file": self._file, "position": position, "is_question": is_question}
+    def add(self, user: User, position: int, names_user: bool) -> None:
+        """`names_user`: whether this is one question of possibly several of a user whom it names."""
+        origin = {"file": self._file, "position": position, "names_user": names_user}
         self._users.append(user)
-        self._origins.append(origin | {"leaked_items": leaked_items(user)})
+        self._origins.append(origin | {"leaked_items": leaked_items(user), "left_out_items": 0})
         if len(self._users) == BATCH_USERS:
             self._to_arrow()
             if self._buffered_bytes > BUFFER_MIB * 2**20:
@@ -83,20 +90,20 @@ def read_spilled(folder: Path, shard: int) -> pa.Table | None:
 def sort_out(rows: pa.Table) -> tuple[list[int], dict[int, list[int]], list[int]]:
     """First row of each user; for some of them the further rows that belong to it; rows of users met before.
 
-    Further questions of a user belong to the first (time-based splits); the same question, or a user with a profile and
-    queries of its own, does not.
+    Further questions that name the same user belong to the first (time-based splits). The same question does not, nor a
+    user with a profile and queries of its own, nor a question that names no user: then the user's id is the question's.
     """
     first: dict[str, int] = {}
     further: dict[int, list[int]] = {}
     again: list[int] = []
     asked: dict[int, set[str]] = {}
-    is_question = rows["is_question"].to_pylist()
+    names_user = rows["names_user"].to_pylist()
     for row, user_id in enumerate(rows["user_id"].to_pylist()):
         known = first.setdefault(user_id, row)
         if known == row:
             continue
         questions = asked.setdefault(known, _question_ids(rows, known))
-        if is_question[row] and is_question[known] and questions.isdisjoint(_question_ids(rows, row)):
+        if names_user[row] and names_user[known] and questions.isdisjoint(_question_ids(rows, row)):
             further.setdefault(known, []).append(row)
             questions |= _question_ids(rows, row)
         else:
@@ -105,7 +112,10 @@ def sort_out(rows: pa.Table) -> tuple[list[int], dict[int, list[int]], list[int]
 
 
 def join_rows(rows: pa.Table, kept: list[int], further: dict[int, list[int]]) -> pa.Table:
-    """The kept rows, in order, each with its further rows joined into it."""
+    """The kept rows, in order, each with its further rows joined into it; `left_out_items` says what that cost.
+
+    The history of a joined row is empty where its queries ask about all of it.
+    """
     if not further:
         return rows.take(kept) if len(kept) < len(rows) else rows
     tables, alone = [], []
@@ -114,11 +124,13 @@ def join_rows(rows: pa.Table, kept: list[int], further: dict[int, list[int]]) ->
             alone.append(row)
             continue
         group = rows.take([row, *further[row]])
-        user = join(from_table(group.select(SCHEMA.names)))
+        users = from_table(group.select(SCHEMA.names))
+        user = join(users)
         origin = group.select([name for name, _ in _ORIGIN]).slice(0, 1).to_pylist()[0]
+        left_out = max(len(one.history) for one in users) - len(user.history)
         tables += [
             rows.take(pa.array(alone, pa.int64())),
-            _with_origins([user], [origin | {"leaked_items": leaked_items(user)}]),
+            _with_origins([user], [origin | {"leaked_items": 0, "left_out_items": left_out}]),
         ]
         alone = []
     return pa.concat_tables([*tables, rows.take(pa.array(alone, pa.int64()))])

@@ -52,3 +52,13 @@ def test_a_gold_outside_the_labels_is_an_error_and_does_not_show_itself():
     with pytest.raises(ValueError, match="none of the 15 labels") as caught:
         score(MOVIE, ["comedy"], ["my secret"])
     assert "secret" not in str(caught.value)
+
+
+def test_golds_in_which_rouge_sees_no_word_are_told_once(caplog):
+    task = TASKS["email_subject"]
+    assert score(task, ["Grüße"], ["Grüße"])["rouge_1"] == 1 and not caplog.records
+    for golds in (["привет мир", "hello"], ["你好", "hello"]):
+        assert score(task, golds, golds)["rouge_1"] == 0.5
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        "email_subject: gold answers hold no Latin letter and no digit"
+    ]

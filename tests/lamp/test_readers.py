@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from itertools import permutations
 
 import pytest
 
@@ -78,6 +80,27 @@ def test_numbers_are_welcome_as_ids_scores_and_dates(tmp_path):
     assert user.queries[0].target == "4"
 
 
+@pytest.mark.parametrize(
+    ("told", "date"),
+    [
+        ("2009", "2009"),
+        ("2009-12", "2009-12"),
+        ("2009-05-11T03:17:40+02:00", "2009-05-11T01:17:40"),  # in UTC, so that texts sort as times
+        ("Mon May 11 03:17:40 UTC 2009", "2009-05-11T03:17:40"),
+        ("2009-99", None),
+        ("\u0662\u0660\u0660\u0669", None),  # 2009 in Arabic digits
+        ("Mon May \u0661\u0661 03:17:40 UTC 2009", None),
+        ("0001-01-01T00:00:00+01:00", None),  # in UTC, a year that no calendar here has
+    ],
+)
+def test_dates_are_brought_to_one_form_or_rejected(tmp_path, told, date):
+    user = movie_user(profile=[movie_user()["profile"][0] | {"date": told}])
+    [found] = LampFile(write(tmp_path / "a.json", [user]), MOVIE)
+    assert (found.history[0].date if isinstance(found, User) else found.reason) == (
+        date or "wrong type: profile[0].date"
+    )
+
+
 def test_labels_are_data(tmp_path):
     task, labels = TASKS["news_categorize"], ("u.s. news", "sports")
     question = task.question.format(labels=", ".join(labels), content="Who won?")
@@ -91,6 +114,20 @@ def test_labels_are_data(tmp_path):
     assert file.labels == labels
     assert user.history[0] == HistoryItem(id="1", content="A goal", target="sports")
     assert user.queries[0].target == "u.s. news"
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_labels_hold_for_the_whole_file_whatever_its_order(tmp_path, order):
+    def user(name, tag, *labels):
+        query = [{"id": "q", "input": movie_input("x", labels), "gold": labels[0]}] if labels else []
+        return movie_user(name, profile=[{"id": "1", "description": "x", "tag": tag}], query=query)
+
+    users = [user("a", "alpha", "alpha", "beta"), user("b", "Gamma", "beta", "gamma"), user("c", "gamma")]
+    users.append(user("d", "comedy"))  # one of the task's labels, and none of this file's
+    file = LampFile(write(tmp_path / "a.json", [users[n] for n in order]), MOVIE)
+    found = {told.id: told.history[0].target if isinstance(told, User) else told.reason for told in file}
+    assert found == {"a": "alpha", "b": "gamma", "c": "gamma", "d": "unknown label: profile[0].tag"}
+    assert sorted(file.labels) == ["alpha", "beta", "gamma"]
 
 
 def test_citations_have_options_and_may_lack_the_profile_target(tmp_path):
@@ -133,6 +170,16 @@ def test_a_bad_record_is_rejected_with_its_place_and_the_rest_is_read(tmp_path, 
     wanted_id = {"wrong type: record": "", "missing field: user_id": ""}.get(reason)
     assert reject == Reject(file=path, position=1, id=reject.id if wanted_id is None else wanted_id, reason=reason)
     assert reject.kind == reason.partition(":")[0]
+
+
+def test_nan_and_infinity_are_no_texts(tmp_path):
+    odd = movie_user("MARK", profile=[{"id": "1", "description": "x", "tag": "comedy"}])
+    lines = [json.dumps(odd).replace('"x"', value) for value in ("NaN", "-Infinity", "1e400")]
+    lines.append(json.dumps(odd).replace('"MARK"', "NaN"))
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, json.dumps(movie_user())]))
+    *rejects, last = LampFile(str(tmp_path / "a.jsonl"), MOVIE)
+    assert [reject.reason for reject in rejects] == ["wrong type: profile[0].description"] * 3 + ["wrong type: user_id"]
+    assert last == EXPECTED
 
 
 def test_a_duplicate_is_told_from_a_record_that_was_rejected_before(tmp_path):
@@ -245,6 +292,17 @@ def test_questions_of_one_user_join(tmp_path):
     assert [query.id for query in joined.queries] == ["1", "3", "2"]
 
 
+def test_a_joined_history_holds_nothing_that_is_asked_about():
+    old, answered = (HistoryItem(id="o", content=text, target="t") for text in ("An old film", "a first film!"))
+    first = User(id="u", task="m", history=(old,), queries=(Query(id="1", content="A first film", target="t"),))
+    second = User(id="u", task="m", history=(old, answered), queries=(Query(id="2", content="Another", target="t"),))
+    assert join([first, second]).history == (old,)
+    assert join([first, replace(second, history=(answered, answered))]).history == (
+        old,
+    )  # the longest has nothing left
+    assert join([replace(first, history=(answered,)), replace(second, history=(answered,))]).history == ()
+
+
 LONG = "A long text - longer than what is compared first, and then some"
 
 
@@ -266,3 +324,32 @@ def test_brackets_without_end_are_told_before_they_take_all_memory(tmp_path, ope
     (tmp_path / "deep.json").write_text("[" + opening * 200_000)
     with pytest.raises(ValueError, match="deep.json is not JSON: values nested thousands deep"):
         LampFile(str(tmp_path / "deep.json"), MOVIE)
+
+
+CHUNK = 65_536
+"""So many bytes ijson reads at once."""
+
+
+@pytest.mark.parametrize("start", [5_000, CHUNK - 2_500, CHUNK - 1, CHUNK, 5 * CHUNK - 3_999])
+def test_a_number_of_thousands_of_digits_is_told_wherever_it_stands(tmp_path, start):
+    def text(filler):
+        return json.dumps([movie_user("a" * 1_000, filler=filler, n=0)]).replace('"n": 0', '"n": -' + "9" * 5_000)
+
+    path = tmp_path / "a.json"
+    path.write_text(text("x" * (start - text("").index("9" * 5_000))))
+    assert path.read_text().index("9" * 5_000) == start
+    with pytest.raises(ValueError, match=r"a\.json is not JSON: a number of thousands of digits, in or after record"):
+        list(LampFile(str(path), MOVIE))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 3])
+def test_thousands_of_digits_within_a_text_are_welcome(tmp_path, shift):
+    told = "x" * shift + '\\"' * 20_000 + " pi: " + "3" * 70_000 + ', ["' + "\\\\"  # escapes over the first chunk's end
+    users = [movie_user("a", profile=[{"id": "1", "description": told, "tag": "action"}])]
+    assert [user.history[0].content for user in LampFile(write(tmp_path / "a.json", users), MOVIE)] == [told]
+
+
+def test_an_exponent_that_no_number_has_is_told(tmp_path):
+    (tmp_path / "a.json").write_text("[1e" + "9" * 30 + "]")
+    with pytest.raises(ValueError, match=r"a\.json is not JSON: a number too large"):
+        LampFile(str(tmp_path / "a.json"), MOVIE)

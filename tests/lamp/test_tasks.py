@@ -36,6 +36,24 @@ def test_what_the_question_puts_in_the_pattern_takes_out(task):
     assert [t.name for t in TASKS.values() if _pattern(t).fullmatch(text)] == [task.name]
 
 
+@pytest.mark.parametrize(
+    ("task", "opening", "again"),
+    [
+        ("citation", 'for an author who has written the paper with the title "', '", which reference is related?'),
+        (
+            "citation",
+            'for an author who has written the paper with the title "',
+            '", which reference is related? [1]: "',
+        ),
+        ("movie_tagging", "which tag does this movie relate to ", "tags: ["),
+        ("news_categorize", "which category does this article relate to ", "categories: ["),
+    ],
+)
+def test_a_step_again_and_again_is_no_question(task, opening, again):
+    # Hours, with steps that are taken back.
+    assert _pattern(TASKS[task]).fullmatch(opening + again * 30_000 + '[1]: "' * 30_000) is None
+
+
 def test_labels_are_compared_as_tokenizers_leave_them():
     assert normalise_label("sci - fi") == normalise_label("Sci-Fi ") == "sci fi"
     assert normalise_label("[ 1 ]") == normalise_label("[1]") != normalise_label("[2]")

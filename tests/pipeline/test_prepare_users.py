@@ -67,12 +67,13 @@ def test_rejects_are_written_with_their_reasons_also_across_files(tmp_path):
 
 
 def test_too_many_rejects_stop_the_run_and_publish_nothing(tmp_path):
-    records = [record(f"u{n}") for n in range(18)] + [record("x", items=0), record("u3")]
+    records = [record(f"u{n}") for n in range(71)] + [record(f"x{n}", items=0) for n in range(28)] + [record("u3")]
     file = write(tmp_path / "a.json", records)
-    with pytest.raises(ValueError, match="2 of 20 records rejected, more than the share 0.05: .*1 empty profile"):
-        prepare_users(config(tmp_path, file))
+    with pytest.raises(ValueError, match="29 of 100 records rejected, more than the share 0.28: .*1 dup") as caught:
+        prepare_users(config(tmp_path, file, max_reject_share=0.28))
+    assert [f"record {n}:" in str(caught.value) for n in (70, 71, 75, 76)] == [False, True, True, False]
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert Path(prepare_users(config(tmp_path, file, max_reject_share=0.1))).is_dir()
+    assert Path(prepare_users(config(tmp_path, file, max_reject_share=0.29))).is_dir()  # 0.29 * 100 < 29 in floats
 
 
 def test_a_truncated_file_is_one_clear_error_and_what_was_there_stays(tmp_path):
@@ -86,18 +87,21 @@ def test_a_truncated_file_is_one_clear_error_and_what_was_there_stays(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def question(number, user_id, items, *, about=""):
+    profile = record(user_id, items)["profile"] + [{"id": "a", "text": about, "title": "gold"}] * bool(about)
+    asked = HEADLINE.question.format(content=f"news {number}")
+    return {"id": number, "input": asked, "profile": profile} | ({"user_id": user_id} if user_id else {})
+
+
+def write_questions(path, questions):
+    golds = [{"id": q["id"], "output": f"gold {q['id']}"} for q in questions]
+    write(path.with_name(f"{path.name}_outputs.json"), {"task": "LaMP_4", "golds": golds})
+    return write(path.with_name(f"{path.name}_questions.json"), questions)
+
+
 def test_questions_of_a_user_become_one_user_wherever_they_stand(tmp_path):
-    def question(number, user_id, items):
-        asked = HEADLINE.question.format(content=f"news {number}")
-        return {"id": number, "user_id": user_id, "input": asked, "profile": record(user_id, items)["profile"]}
-
-    def write_questions(name, questions):
-        golds = [{"id": q["id"], "output": f"gold {q['id']}"} for q in questions]
-        write(tmp_path / f"{name}_outputs.json", {"task": "LaMP_4", "golds": golds})
-        return write(tmp_path / f"{name}_questions.json", questions)
-
-    train = write_questions("train", [question(1, "a", 2), question(2, "b", 1), question(3, "a", 3)])
-    dev = write_questions("dev", [question(4, "a", 2), question(2, "b", 5)])
+    train = write_questions(tmp_path / "train", [question(1, "a", 2), question(2, "b", 1), question(3, "a", 3)])
+    dev = write_questions(tmp_path / "dev", [question(4, "a", 2), question(2, "b", 5)])
     out = Path(prepare_users(config(tmp_path, train, dev, max_reject_share=0.5)))
     a, b = read_users(out)
     assert (a.id, len(a.history), [(q.id, q.target) for q in a.queries]) == (
@@ -108,6 +112,32 @@ def test_questions_of_a_user_become_one_user_wherever_they_stand(tmp_path):
     assert (b.id, len(b.history)) == ("b", 1)  # its question came twice: the second is rejected
     [reject] = pq.read_table(out / "rejects.parquet").to_pylist()
     assert (reject["file"], reject["position"], reject["reason"]) == (dev, 1, "duplicate id")
+
+
+def test_who_asks_is_joined_by_name_alone_and_without_the_answers(tmp_path):
+    file = write_questions(
+        tmp_path / "a",
+        [
+            question(1, "u", 2),
+            question(2, "u", 2, about="News 1"),  # holds the first question, with its answer
+            question(3, "all", 0, about="news 4"),  # the two hold nothing but each other
+            question(4, "all", 0, about="news 3"),
+            question(7, None, 1),  # goes by its own id: not the user who is called 7
+        ],
+    )
+    other = write_questions(tmp_path / "b", [question(8, "7", 3)])
+    out = Path(prepare_users(config(tmp_path, file, other, max_reject_share=0.5)))
+    u, seven = read_users(out)
+    assert (u.id, [item.target for item in u.history], len(u.queries)) == ("u", ["title 0", "title 1"], 2)
+    assert (seven.id, [query.id for query in seven.queries]) == ("7", ["7"])
+    rejects = pq.read_table(out / "rejects.parquet").to_pylist()
+    assert sorted((r["file"], r["position"], r["reason"]) for r in rejects) == [
+        (file, 2, "all of the profile is asked about"),
+        (file, 3, "all of the profile is asked about"),
+        (other, 0, "duplicate id"),
+    ]
+    facts = open_artifact(out, kind="users").facts
+    assert (facts["users"], facts["leaked_items"], facts["left_out_items"]) == (2, 0, 1)
 
 
 def test_a_finished_artifact_is_not_made_again_unless_something_changed(tmp_path):
@@ -124,7 +154,9 @@ def test_a_finished_artifact_is_not_made_again_unless_something_changed(tmp_path
     assert len(list(read_users(tmp_path / "users"))) == 6
 
 
-def test_labels_of_the_data_stand_in_the_manifest(tmp_path):
+def test_labels_and_leaks_of_the_data_are_told(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("mta_ray.pipeline.prepare_users.log.warning", lambda text, *values: told.append(text % values))
     task = TASKS["news_categorize"]
     asked = task.question.format(labels="u.s. news, sports", content="Who won?")
     users = [
@@ -139,6 +171,7 @@ def test_labels_of_the_data_stand_in_the_manifest(tmp_path):
     out = Path(prepare_users(PrepareUsersConfig(files=(file,), task="news_categorize", out=str(tmp_path / "users"))))
     facts = open_artifact(out, kind="users").facts
     assert (facts["labels"], facts["leaked_items"]) == (["u.s. news", "sports"], 3)
+    assert len(told) == 1 and "3 of 3 history items are asked about" in told[0]
 
 
 def test_the_limit_counts_records_of_each_file(tmp_path):
