@@ -102,6 +102,7 @@ def test_as_released_swaps_the_shares_of_the_two_nearest_averages_apart_and_stac
     # at the released rate, a stack of a few steps would not show in any answer
     monkeypatch.setattr("mta_ray.evaluation.methods.RELEASED_STACK", replace(RELEASED_STACK, learning_rate=0.3))
     methods, pack = scene
+    pack = replace(pack, users=[replace(user, history=user.history[:8]) for user in pack.users])  # one step each
     predictions = methods.as_released(pack).predictions
     stacks = [take(methods.routed.layers, STACK, n) for n in range(3)]
     assert stacks[0].rank == 4
