@@ -26,7 +26,7 @@ USERS = [
         history=tuple(HistoryItem(id=f"{n}", content=f"film {n}", target="comedy") for n in range(items)),
         queries=(Query(id="q", content=f"of {name}", target="comedy"),),
     )
-    for name, items in (("long", 12), ("middle", 5), ("short", 2))
+    for name, items in (("long", 11), ("middle", 10), ("short", 2))
 ]
 
 
@@ -53,23 +53,23 @@ def answers(said: dict[str, str], *, kept: float, seconds: float) -> CellAnswers
 
 
 def test_users_whom_the_budget_leaves_all_items_are_answered_as_with_the_whole_history(cell, tmp_path) -> None:
-    files, cut = CellFiles(tmp_path / "cells"), replace(cell, budget="5")
+    files, cut = CellFiles(tmp_path / "cells"), replace(cell, budget="10")
     files.write(cell, answers({"long": "comedy", "short": "action", "middle": "comedy"}, kept=10.0, seconds=1.0))
     files.write(cut, answers({"long": "violence"}, kept=40.0, seconds=4.0))
 
     results, costs = collect([cut, cell], files, {"films": WORDING})
     names = ["budget", "user_id", "prediction", "score", "history_items", "full_history_items", "few_shot"]
     assert results[names].values.tolist() == [
-        ["5", "long", "violence", 0.0, 5, 12, False],
-        ["5", "middle", "comedy", 1.0, 5, 5, True],
-        ["5", "short", "action", 0.0, 2, 2, True],
-        ["all", "long", "comedy", 1.0, 12, 12, False],
-        ["all", "middle", "comedy", 1.0, 5, 5, True],
+        ["10", "long", "violence", 0.0, 10, 11, False],
+        ["10", "middle", "comedy", 1.0, 10, 10, True],  # at most ten items are few
+        ["10", "short", "action", 0.0, 2, 2, True],
+        ["all", "long", "comedy", 1.0, 11, 11, False],
+        ["all", "middle", "comedy", 1.0, 10, 10, True],
         ["all", "short", "action", 0.0, 2, 2, True],
     ]
     spent = costs.set_index("budget")
-    assert spent.loc["5", ["bytes_per_user", "seconds_per_user", "training_device_seconds"]].tolist() == [20, 2, 6]
-    assert spent.loc["all", "training_device_seconds"] == 3 and spent.loc["5", "decode_tokens_per_s"] == 15
+    assert spent.loc["10", ["bytes_per_user", "seconds_per_user", "training_device_seconds"]].tolist() == [20, 2, 6]
+    assert spent.loc["all", "training_device_seconds"] == 3 and spent.loc["10", "decode_tokens_per_s"] == 15
 
 
 def test_a_cells_name_is_of_what_decides_its_answers(cell) -> None:

@@ -44,11 +44,11 @@ def test_weight_one_gives_back_the_anchor(mode):
 
 @pytest.mark.parametrize("mode", ["linear", "as-released"])
 def test_factors_averaged_apart_have_cross_terms(mode):
-    one, other = _adapter(1), _adapter(2)
+    one, other = _adapter(1, scale=2.0), _adapter(2, scale=0.5)
     fused = fuse([one, other], [0.3, 0.7], mode=mode)
     for module in one.factors:
         a, b = one.factors[module], other.factors[module]
-        wanted = 2.0 * (0.3 * a.up + 0.7 * b.up) @ (0.3 * a.down + 0.7 * b.down)
+        wanted = (0.3 * 2.0 * a.up + 0.7 * 0.5 * b.up) @ (0.3 * a.down + 0.7 * b.down)
         torch.testing.assert_close(fused.delta(module), wanted)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -171,8 +172,9 @@ def test_a_routing_of_the_wrong_size_is_refused(tiny_model):
 def test_saved_banks_come_back_and_another_base_is_refused(tiny_model, tmp_path):
     routed = RoutedModel(tiny_model())
     vectors = np.eye(3, 8, dtype=np.float32)
+    adapters = [replace(a, scale=s) for a, s in zip(_adapters(routed, 3), (2.0, 0.5, 3.0), strict=True)]
     bank = assemble(
-        _adapters(routed, 3),
+        adapters,
         anchor_ids=("a", "../b", "<c>"),
         embeddings=vectors,
         center=np.arange(8, dtype=np.float32),
@@ -185,7 +187,9 @@ def test_saved_banks_come_back_and_another_base_is_refused(tiny_model, tmp_path)
     np.testing.assert_array_equal(again.embeddings, bank.embeddings)
     np.testing.assert_array_equal(again.center, bank.center)
     for name in routed.layers:
-        torch.testing.assert_close(again.adapter(1).delta(name), bank.adapter(1).delta(name))
+        for n, adapter in enumerate(adapters):  # a bank has one scale, and yet each anchor is what it was
+            wanted = adapter.scale * adapter.factors[name].up @ adapter.factors[name].down
+            torch.testing.assert_close(again.adapter(n).delta(name), wanted)
     with pytest.raises(ValueError, match="another base|made with base model"):
         load_bank(tmp_path / "bank", base_fingerprint="0" * 64)
     data = (tmp_path / "bank" / "factors.safetensors").read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,13 @@ def _jobs(backbone, count: int) -> list[Job]:
     ]
 
 
+def _by_hand(backbone, prompt: str, target: str) -> tuple[list[int], list[int]]:
+    """[CLS] prompt, and target [SEP], as the tokenizer's ids: the model is to learn the second after the first."""
+    ids = backbone.tokenizer(f"{prompt} {target}")["input_ids"]
+    asked = backbone.tokenizer(prompt)["input_ids"][:-1]
+    return asked, ids[len(asked) :]
+
+
 def test_a_pack_equals_each_adapter_alone(tiny_model):
     together = train_pack(RoutedModel(tiny_model()), _jobs(tiny_model(), 4), CONFIG)
     for n, job in enumerate(_jobs(tiny_model(), 4)):
@@ -35,11 +44,14 @@ def test_a_pack_equals_each_adapter_alone(tiny_model):
         np.testing.assert_allclose(together.losses[n], alone.losses[0], rtol=1e-4)
 
 
-def test_an_adapter_alone_equals_peft_with_torch_adamw(tiny_model):
+@pytest.mark.parametrize(("max_grad_norm", "clipped"), [(0.05, {True}), (0.55, {True, False})])
+def test_an_adapter_alone_equals_peft_with_torch_adamw(tiny_model, max_grad_norm, clipped):
+    # Adam does not see a loss of another size where all gradients are clipped or none is: so also where some are.
     backbone = tiny_model()
-    example = tokenise(backbone, "film: a robot wakes up", "sci-fi")
-    routed = RoutedModel(backbone)
-    ours = train_pack(routed, [Job(id="u", examples=[example])], CONFIG).adapters[0]
+    rows = [("film: a robot wakes up", "sci-fi"), ("an old war", "a very long drama"), ("film: space", "action")]
+    config = replace(CONFIG, max_grad_norm=max_grad_norm)  # three examples a step: each step meets all of them
+    job = Job(id="u", examples=[tokenise(backbone, *row) for row in rows])
+    ours = train_pack(RoutedModel(backbone), [job], config).adapters[0]
 
     peft = get_peft_model(tiny_model().model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
     start = RoutedModel(tiny_model()).layers
@@ -47,19 +59,23 @@ def test_an_adapter_alone_equals_peft_with_torch_adamw(tiny_model):
     for name, parameter in peft.named_parameters():
         if "lora_A" in name:
             module = name.removeprefix("base_model.model.").split(".lora_")[0]
-            parameter.data.copy_(initial_down(start[module], "u", CONFIG))
+            parameter.data.copy_(initial_down(start[module], "u", config))
         if parameter.requires_grad:
             own.append(parameter)
     optimizer = torch.optim.AdamW(own, weight_decay=CONFIG.weight_decay)
-    ids = torch.tensor([example.ids] * 3)
-    labels = ids.clone()
-    labels[:, : -example.target_tokens] = -100
-    for step in range(CONFIG.steps):
-        peft(input_ids=ids, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(own, CONFIG.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = schedule(step, CONFIG.steps, CONFIG)
+    ids, labels = torch.zeros(3, 24, dtype=torch.int64), torch.full((3, 24), -100)
+    for n, (prompt, target) in enumerate(rows):  # padded on the right; the loss is the mean over all target tokens
+        asked, said = _by_hand(backbone, prompt, target)
+        ids[n, : len(asked + said)] = torch.tensor(asked + said)
+        labels[n, len(asked) : len(asked + said)] = torch.tensor(said)
+    norms = []
+    for step in range(config.steps):
+        peft(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(own, max_grad_norm)))
+        optimizer.param_groups[0]["lr"] = schedule(step, config.steps, config)
         optimizer.step()
         optimizer.zero_grad()
+    assert {norm > max_grad_norm for norm in norms} == clipped
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
             module = name.removeprefix("base_model.model.").split(".lora_")[0]
@@ -68,14 +84,38 @@ def test_an_adapter_alone_equals_peft_with_torch_adamw(tiny_model):
 
 def test_loss_counts_target_tokens_only_and_padding_changes_nothing(tiny_model):
     backbone = tiny_model()
-    short, long = tokenise(backbone, "a", "b c"), tokenise(backbone, "a much longer prompt than that", "d")
-    losses = row_losses(backbone.model, collate(backbone, [short, long]))
-    for row, loss in zip((short, long), losses, strict=True):
+    rows = [("a", "b c"), ("a much longer prompt than that", "d")]
+    losses = row_losses(backbone.model, collate(backbone, [tokenise(backbone, *row) for row in rows]))
+    for row, loss in zip(rows, losses, strict=True):
+        asked, said = _by_hand(backbone, *row)
         with torch.no_grad():
-            logs = torch.log_softmax(backbone.model(input_ids=torch.tensor([row.ids])).logits[0], dim=-1)
-        start = len(row.ids) - row.target_tokens
-        wanted = -sum(logs[place - 1, row.ids[place]] for place in range(start, len(row.ids)))
+            logs = torch.log_softmax(backbone.model(input_ids=torch.tensor([asked + said])).logits[0], dim=-1)
+        wanted = -sum(logs[len(asked) + n - 1, token] for n, token in enumerate(said))
         torch.testing.assert_close(loss, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shared_init", [True, False])
+def test_adapters_begin_with_pefts_kaiming_and_all_alike_only_where_the_start_is_shared(tiny_model, shared_init):
+    still = replace(CONFIG, learning_rate=1e-9, shared_init=shared_init)
+    one, other = train_pack(RoutedModel(tiny_model()), _jobs(tiny_model(), 2), still).adapters
+    downs = [factors.down for factors in one.factors.values()]
+    for module, factors in one.factors.items():
+        assert torch.allclose(factors.down, other.factors[module].down, atol=1e-6) == shared_init
+        assert 0.9 / 8 < factors.down.abs().max() < 1 / 8 + 1e-6  # U(-1/√64, 1/√64)
+    assert not any(torch.allclose(downs[0], down, atol=1e-3) for down in downs[1:])
+
+
+def test_each_adapter_meets_all_of_its_examples_once_an_epoch_in_an_order_of_its_own(tiny_model):
+    backbone = tiny_model()
+    examples = [tokenise(backbone, f"film: {text}", text.split()[-1]) for text in TEXTS]
+    still = replace(CONFIG, learning_rate=1e-9, steps=10, examples_per_step=1)
+    jobs = [Job(id=f"user {n}", examples=examples) for n in range(3)]
+    losses = train_pack(RoutedModel(backbone), jobs, still).losses
+    with torch.no_grad():
+        each = [float(row_losses(backbone.model, collate(backbone, [e]))) / e.target_tokens for e in examples]
+    orders = [[int(np.abs(np.array(each) - loss).argmin()) for loss in own] for own in losses]
+    assert all(sorted(order[start : start + 5]) == list(range(5)) for order in orders for start in (0, 5))
+    assert len({tuple(order) for order in orders}) == 3
 
 
 def test_a_stack_learns_on_top_of_its_frozen_route_and_leaves_it_alone(tiny_model):
