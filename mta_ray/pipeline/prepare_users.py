@@ -332,7 +332,7 @@ def _check_share(config: PrepareUsersConfig, told: list[dict[str, Any]], records
     some = [reject for row in told for reject in row["some_rejects"]][:TOLD_REJECTS]
     raise ValueError(
         f"{reasons.total()} of {records} records rejected, more than the share {config.max_reject_share:g}: {counted}; "
-        f"the first: {'; '.join(some)}; nothing was published: mend the files, or raise --max-reject-share to go on "
+        f"the first: {'; '.join(some)}; nothing was published: mend the files, or raise max_reject_share to go on "
         "without these records"
     )
 

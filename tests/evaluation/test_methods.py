@@ -175,3 +175,14 @@ def test_the_controls_are_what_they_say(scene):
         "as_released",
         "oracle",
     ]
+
+
+def test_a_user_without_a_stack_is_answered_by_the_fused_anchors_and_the_others_keep_theirs(scene) -> None:  # noqa: ANN001
+    methods, pack = scene
+    fused, stacked = methods.mta_fusion(pack).predictions, methods.mta(pack).predictions
+    queries = [len(user.queries) for user in pack.users]
+    assert fused[queries[0] :] != stacked[queries[0] :]
+    first = pack.users[0].id
+    states = {**pack.states, first: replace(pack.states[first], stack=None)}
+    mixed = methods.mta(replace(pack, states=states)).predictions
+    assert mixed[: queries[0]] == fused[: queries[0]] and mixed[queries[0] :] == stacked[queries[0] :]
