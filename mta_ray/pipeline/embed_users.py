@@ -115,7 +115,7 @@ def read_embeddings(path: str | Path, *, users: str | None = None) -> Embeddings
     artifact = open_artifact(path, kind=KIND)
     if users is not None and artifact.inputs.get("users") != users:
         raise ValueError(f"{path} holds the embeddings of other users than those given; run embed-users on these")
-    table = pa.concat_tables(pq.read_table(file) for file in sorted(artifact.path.glob("*.parquet")))
+    table = pa.concat_tables(pq.read_table(artifact.path / name) for name in artifact.files)
     table = table.sort_by("user_id")
     return Embeddings(
         user_ids=table["user_id"].to_pylist(),

@@ -155,12 +155,16 @@ def read_users(path: str | Path) -> Iterator[User]:
 def users_dataset(path: str | Path) -> ray.data.Dataset:
     """The users of an artifact as a Ray dataset with rows of `lamp.users.SCHEMA`; in a store, read where they lie."""
     files, store = artifact_files(path, kind=KIND)
-    shards = [file for file in files if PurePosixPath(file).match("users-*.parquet")]
-    return ray.data.read_parquet(shards, filesystem=store)
+    return ray.data.read_parquet([file for file in files if _is_shard(file)], filesystem=store)
 
 
 def _shards_of(path: str | Path) -> list[Path]:
-    return sorted(open_artifact(path, kind=KIND).path.glob("users-*.parquet"))
+    artifact = open_artifact(path, kind=KIND)
+    return [artifact.path / name for name in artifact.files if _is_shard(name)]
+
+
+def _is_shard(name: str) -> bool:
+    return PurePosixPath(name).match("users-*.parquet")
 
 
 # ---- inputs
