@@ -12,7 +12,7 @@ import logging
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +33,7 @@ from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.readers import LampFile, Reject
 from mta_ray.lamp.tasks import Task, task_named
 from mta_ray.lamp.users import FEW_SHOT_ITEMS, SCHEMA, User, from_table
+from mta_ray.pipeline.on_each import on_each
 from mta_ray.pipeline.progress import follow, open_board
 from mta_ray.pipeline.user_shards import BATCH_USERS, Spill, join_rows, read_spilled, sort_out
 
@@ -116,7 +117,7 @@ def _prepare(config: PrepareUsersConfig, task: Task, settings: dict[str, Any], i
         with tempfile.TemporaryDirectory(prefix="spill-", dir=draft.path) as folder:
             # 2. files -> rows on disk, by shard
             with follow(board, _READ, math.ceil(input_mib), "MiB"):
-                reads = _on_each(
+                reads = on_each(
                     len(config.files), _read_file, config=config, spill=Path(folder), shards=shards, board=board
                 )
             errors = [row["error"] for row in reads if "error" in row]
@@ -127,7 +128,7 @@ def _prepare(config: PrepareUsersConfig, task: Task, settings: dict[str, Any], i
 
             # 3. rows -> shards; who comes twice is joined or rejected
             with follow(board, _WRITE, shards, "shards"):
-                merges = _on_each(
+                merges = on_each(
                     shards, _merge_shard, files=config.files, spill=Path(folder), out=draft.path, board=board
                 )
             _check_share(config, reads + merges, records)
@@ -194,25 +195,6 @@ def _size(file: str) -> int:
 
 
 # ---- tasks
-
-
-def _on_each(count: int, function: Callable[..., dict[str, list[str]]], **arguments: Any) -> list[dict[str, Any]]:
-    """`function(number, **arguments)` for each number below `count`, a Ray Data task each: what they tell, in order.
-
-    They run where the driver runs, while that node has CPUs: the files and the draft may lie on its disk only.
-    """
-    here = ray.get_runtime_context().get_node_id()
-    numbers = ray.data.from_items([{"number": number} for number in range(count)], override_num_blocks=count)
-    numbers.context.enable_progress_bars = False  # this dataset's own copy; `follow` shows more
-    told = numbers.map_batches(
-        function,
-        batch_size=1,
-        fn_kwargs=arguments,
-        num_cpus=1,
-        label_selector={"ray.io/node-id": here},
-        fallback_strategy=[{"label_selector": {}}],
-    )
-    return sorted((json.loads(row["told"]) for row in told.iter_rows()), key=lambda row: row["number"])
 
 
 def _read_file(
