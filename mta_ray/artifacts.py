@@ -63,6 +63,8 @@ class Artifact:
     facts: dict[str, Any]
     hash: str
     """sha256 over kind, settings, inputs and the files' checksums: what the next stage writes down as its input."""
+    files: tuple[str, ...]
+    """Names under `path`, sorted, that the manifest lists; whatever else lies there is not part of the artifact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,8 +241,8 @@ def artifact_files(path: str | Path, *, kind: str) -> tuple[list[str], Any | Non
     Files of a local artifact (no file system: None) are checked as by `open_artifact`.
     """
     if not is_remote(path):
-        folder = open_artifact(path, kind=kind).path
-        return [str(file) for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST], None
+        artifact = open_artifact(path, kind=kind)
+        return [str(artifact.path / name) for name in artifact.files], None
     manifest, store = _manifest_at(path, kind), open_store(str(path))
     places = ["/".join(part for part in (store.root, manifest["folder"], name) if part) for name in manifest["files"]]
     return sorted(places), store.files
@@ -381,7 +383,7 @@ def _manifest_text(path: str | Path, kind: str) -> bytes:
 
 def _artifact(folder: Path, manifest: dict[str, Any]) -> Artifact:
     parts = {name: manifest[name] for name in ("kind", "settings", "inputs", "facts", "hash")}
-    return Artifact(path=folder, **parts)
+    return Artifact(path=folder, files=tuple(sorted(manifest["files"])), **parts)
 
 
 def _check_files(folder: Path, manifest: dict[str, Any], verify: bool) -> None:

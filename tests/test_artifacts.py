@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,23 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from mta_ray.artifacts import ArtifactError, canonical_json, is_current, jsonable, open_artifact, publish
+from mta_ray.artifacts import (
+    ArtifactError,
+    artifact_files,
+    canonical_json,
+    is_current,
+    jsonable,
+    open_artifact,
+    publish,
+)
+from mta_ray.lamp.users import to_table
+from mta_ray.pipeline.embed_users import read_embeddings
+from mta_ray.pipeline.prepare_users import read_users
+from mta_ray.population.people import WorldConfig, simulate_user
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"rank": 8, "modules": ["q", "v"]}
@@ -50,6 +65,22 @@ def test_what_is_published_comes_back(out):
     assert (bank.path / "factors.bin").read_text() == "one"
     assert (bank.path / "part" / "0.bin").read_bytes() == b"\0" * 100
     assert (bank.kind, bank.settings, bank.inputs, bank.facts) == ("bank", SETTINGS, INPUTS, {"anchors": 3})
+
+
+def test_what_the_manifest_does_not_list_is_no_part_of_the_artifact(tmp_path):
+    users = [simulate_user(WorldConfig(), number) for number in range(2)]
+    with publish(tmp_path / "users", kind="users", settings={}, inputs={}) as draft:
+        pq.write_table(to_table(users), draft.path / "users-0.parquet")
+    with publish(tmp_path / "embeddings", kind="embeddings", settings={}, inputs={}) as draft:
+        rows = [{"user_id": user.id, "items": 1, "queries": 1, "mean": [1.0]} for user in users]
+        pq.write_table(pa.Table.from_pylist(rows), draft.path / "embeddings-0.parquet")
+        draft.facts["encoder"] = "any"
+    for kind in ("users", "embeddings"):
+        file = tmp_path / kind / f"{kind}-0.parquet"
+        shutil.copyfile(file, file.with_name(f"{kind}-copy.parquet"))
+    assert [user.id for user in read_users(tmp_path / "users")] == [user.id for user in users]
+    assert read_embeddings(tmp_path / "embeddings").user_ids == sorted(user.id for user in users)
+    assert artifact_files(tmp_path / "users", kind="users") == ([str(tmp_path / "users" / "users-0.parquet")], None)
 
 
 def test_the_hash_is_the_one_that_a_reader_of_the_documentation_computes(out):

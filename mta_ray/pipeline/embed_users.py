@@ -25,6 +25,12 @@ from mta_ray.similarity.embedding import EMBEDDED, Encoder
 
 log = logging.getLogger(__name__)
 KIND = "embeddings"
+USERS_PER_GROUP = 4096
+"""Rows of a row group: some MiB."""
+
+SCHEMA = pa.schema(
+    [("user_id", pa.string()), ("items", pa.int64()), ("queries", pa.int64()), ("mean", pa.list_(pa.float32()))]
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +82,7 @@ class Embeddings:
 
 
 def embed_users(config: EmbedUsersConfig) -> str:
-    """Publish `embeddings-*.parquet` (user_id, items, queries, mean), one row a user."""
+    """Publish `embeddings-0.parquet`, rows of SCHEMA: one a user, in the order of the users' files."""
     config = located(config, "users", "out")
     if Path(config.encoder).is_dir():
         config = located(config, "encoder")
@@ -89,8 +95,12 @@ def embed_users(config: EmbedUsersConfig) -> str:
     with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         board = open_board()
         with follow(board, "embed users", users.facts["users"], "users"):
-            # A small artifact is one block, which would keep all actors but one idle.
-            blocks = users_dataset(config.users).repartition(target_num_rows_per_block=2 * config.users_per_batch)
+            # A small artifact is one block, which would keep all actors but one idle. Who is embedded together
+            # (padded to one length) shows in the last bits: batches are cut in the order of the users' files.
+            blocks = users_dataset(config.users).repartition(
+                target_num_rows_per_block=2 * config.users_per_batch, strict=True
+            )
+            blocks.context.execution_options.preserve_order = True  # this dataset's own copy
             rows = blocks.map_batches(
                 _EmbedBatch,
                 fn_constructor_args=(config, board),
@@ -101,21 +111,23 @@ def embed_users(config: EmbedUsersConfig) -> str:
                 num_cpus=config.cpus_per_actor,
                 num_gpus=config.gpus_per_actor,
             )
-            rows.write_parquet(str(draft.path))
+            with pq.ParquetWriter(draft.path / "embeddings-0.parquet", SCHEMA, compression="zstd") as writer:
+                for table in rows.iter_batches(batch_size=USERS_PER_GROUP, batch_format="pyarrow"):
+                    writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
         draft.facts.update(users=users.facts["users"], encoder=config.encoder)
     log.info("embeddings: %d users, in %s", users.facts["users"], config.out)
     return config.out
 
 
 def read_embeddings(path: str | Path, *, users: str | None = None) -> Embeddings:
-    """All rows, sorted by user id: their order on disk depends on which actor was first.
+    """All rows, of however many files, sorted by user id.
 
     With `users`, the hash of a `users` artifact, embeddings of any other users are refused.
     """
     artifact = open_artifact(path, kind=KIND)
     if users is not None and artifact.inputs.get("users") != users:
         raise ValueError(f"{path} holds the embeddings of other users than those given; run embed-users on these")
-    table = pa.concat_tables(pq.read_table(file) for file in sorted(artifact.path.glob("*.parquet")))
+    table = pa.concat_tables(pq.read_table(artifact.path / name) for name in artifact.files)
     table = table.sort_by("user_id")
     return Embeddings(
         user_ids=table["user_id"].to_pylist(),
@@ -144,8 +156,9 @@ class _EmbedBatch:
                 "user_id": [u.id for u in users],
                 "items": [len(u.history) for u in users],
                 "queries": [len(u.queries) for u in users],
-                "mean": pa.array(list(means), type=pa.list_(pa.float32())),
-            }
+                "mean": list(means),
+            },
+            schema=SCHEMA,
         )
 
 

@@ -12,7 +12,7 @@ import logging
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +33,7 @@ from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.readers import LampFile, Reject
 from mta_ray.lamp.tasks import Task, task_named
 from mta_ray.lamp.users import FEW_SHOT_ITEMS, SCHEMA, User, from_table
+from mta_ray.pipeline.on_each import on_each
 from mta_ray.pipeline.progress import follow, open_board
 from mta_ray.pipeline.user_shards import BATCH_USERS, Spill, join_rows, read_spilled, sort_out
 
@@ -118,7 +119,7 @@ def _prepare(config: PrepareUsersConfig, task: Task, settings: dict[str, Any], i
         with tempfile.TemporaryDirectory(prefix="spill-", dir=draft.path) as folder:
             # 2. files -> rows on disk, by shard
             with follow(board, _READ, math.ceil(input_mib), "MiB"):
-                reads = _on_each(
+                reads = on_each(
                     len(config.files), _read_file, config=config, spill=Path(folder), shards=shards, board=board
                 )
             errors = [row["error"] for row in reads if "error" in row]
@@ -129,7 +130,7 @@ def _prepare(config: PrepareUsersConfig, task: Task, settings: dict[str, Any], i
 
             # 3. rows -> shards; who comes twice is joined or rejected
             with follow(board, _WRITE, shards, "shards"):
-                merges = _on_each(
+                merges = on_each(
                     shards, _merge_shard, files=config.files, spill=Path(folder), out=draft.path, board=board
                 )
             _check_share(config, reads + merges, records)
@@ -166,12 +167,16 @@ def read_users(path: str | Path) -> Iterator[User]:
 def users_dataset(path: str | Path) -> ray.data.Dataset:
     """The users of an artifact as a Ray dataset with rows of `lamp.users.SCHEMA`; in a store, read where they lie."""
     files, store = artifact_files(path, kind=KIND)
-    shards = [file for file in files if PurePosixPath(file).match("users-*.parquet")]
-    return ray.data.read_parquet(shards, filesystem=store)
+    return ray.data.read_parquet([file for file in files if _is_shard(file)], filesystem=store)
 
 
 def _shards_of(path: str | Path) -> list[Path]:
-    return sorted(open_artifact(path, kind=KIND).path.glob("users-*.parquet"))
+    artifact = open_artifact(path, kind=KIND)
+    return [artifact.path / name for name in artifact.files if _is_shard(name)]
+
+
+def _is_shard(name: str) -> bool:
+    return PurePosixPath(name).match("users-*.parquet")
 
 
 # ---- inputs
@@ -201,25 +206,6 @@ def _size(file: str) -> int:
 
 
 # ---- tasks
-
-
-def _on_each(count: int, function: Callable[..., dict[str, list[str]]], **arguments: Any) -> list[dict[str, Any]]:
-    """`function(number, **arguments)` for each number below `count`, a Ray Data task each: what they tell, in order.
-
-    They run where the driver runs, while that node has CPUs: the files and the draft may lie on its disk only.
-    """
-    here = ray.get_runtime_context().get_node_id()
-    numbers = ray.data.from_items([{"number": number} for number in range(count)], override_num_blocks=count)
-    numbers.context.enable_progress_bars = False  # this dataset's own copy; `follow` shows more
-    told = numbers.map_batches(
-        function,
-        batch_size=1,
-        fn_kwargs=arguments,
-        num_cpus=1,
-        label_selector={"ray.io/node-id": here},
-        fallback_strategy=[{"label_selector": {}}],
-    )
-    return sorted((json.loads(row["told"]) for row in told.iter_rows()), key=lambda row: row["number"])
 
 
 def _read_file(

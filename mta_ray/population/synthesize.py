@@ -1,23 +1,26 @@
-"""Simulated users as a Ray Data source, any range of them in any order, and as a `users` artifact."""
+"""Simulated users as a `users` artifact, each shard of it made by a Ray Data task of its own."""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import ray
-from ray.data.datasource import FilenameProvider
+import pyarrow.parquet as pq
 
 from mta_ray.artifacts import is_current, located, publish
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import to_table
+from mta_ray.pipeline.on_each import on_each
 from mta_ray.population.people import WorldConfig, simulate_user
 
 log = logging.getLogger(__name__)
+USERS_PER_SHARD = 256
+"""Of what one task makes, and one file holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +45,6 @@ class SimulateUsersConfig:
             raise ValueError(f"users must be at least 1 and first at least 0, got {self.users} and {self.first}")
 
 
-def simulated_users(world: WorldConfig, *, first: int, users: int) -> ray.data.Dataset:
-    """Users first … first + users - 1 as rows of `lamp.users.SCHEMA`, made where and when they are read."""
-
-    return ray.data.range(users).map_batches(
-        _make_users, fn_kwargs={"world": world, "first": first}, batch_size=256, num_cpus=0.5
-    )
-
-
-def _make_users(batch: dict[str, np.ndarray], *, world: WorldConfig, first: int) -> pa.Table:
-    return to_table(simulate_user(world, first + int(number)) for number in batch["id"])
-
-
 def simulate_users(config: SimulateUsersConfig) -> str:
     """Publish a simulated population as a `users` artifact, as `prepare_users` does with LaMP files."""
     config = located(config, "out")
@@ -63,8 +54,8 @@ def simulate_users(config: SimulateUsersConfig) -> str:
         log.info("users: %s is current, nothing to do", config.out)
         return config.out
     with connect(config.cluster), publish(config.out, kind="users", settings=settings, inputs={}) as draft:
-        rows = simulated_users(config.world, first=config.first, users=config.users)
-        rows.write_parquet(str(draft.path), filename_provider=_ShardNames())
+        shards = math.ceil(config.users / USERS_PER_SHARD)
+        on_each(shards, _make_shard, world=config.world, first=config.first, users=config.users, out=draft.path)
         draft.facts.update(
             task=task.name, labels=list(task.labels), users=config.users, records=config.users, rejects=0
         )
@@ -73,8 +64,10 @@ def simulate_users(config: SimulateUsersConfig) -> str:
     return config.out
 
 
-class _ShardNames(FilenameProvider):
-    """users-<write>-<task>.parquet: the names that readers of a `users` artifact look for."""
-
-    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
-        return f"users-{write_uuid}-{task_index:06d}.parquet"
+def _make_shard(batch: dict[str, Any], world: WorldConfig, first: int, users: int, out: Path) -> dict[str, list[str]]:
+    """One file, named by its number and the same on any cluster; the names are those that readers look for."""
+    number = int(batch["number"][0])
+    start = number * USERS_PER_SHARD
+    table = to_table(simulate_user(world, first + i) for i in range(start, min(start + USERS_PER_SHARD, users)))
+    pq.write_table(table, out / f"users-{number:06d}.parquet", compression="zstd")
+    return {"told": [json.dumps({"number": number})]}
