@@ -531,13 +531,38 @@ def _asides(destination: Path) -> list[Path]:
 
 
 def _refuse_stranger(destination: Path, kind: str) -> None:
+    _refuse_inside(destination)
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
-    found = "a file" if destination.is_file() else "a folder without a manifest"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = f"an artifact of kind {json.loads((destination / MANIFEST).read_bytes())['kind']!r}"
+    found, listed = "a file" if destination.is_file() else "a folder without a manifest", None
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        manifest = json.loads((destination / MANIFEST).read_bytes())
+        found = f"an artifact of kind {manifest['kind']!r}"
+        listed = set(manifest["files"])
     if found != f"an artifact of kind {kind!r}":
         raise ValueError(f"{destination} is {found}, not of kind {kind!r}; choose another folder, or remove it")
+    for file in sorted(destination.rglob("*")) if listed is not None else ():
+        name = file.relative_to(destination).as_posix()
+        if file.is_file() and name != MANIFEST and name not in listed:
+            raise ValueError(
+                f"{destination} holds {name}, which is no part of the artifact there and would be lost when that is "
+                "replaced; move it elsewhere, or choose another folder"
+            )
+
+
+def _refuse_inside(destination: Path) -> None:
+    """ValueError where a folder above is an artifact: it, and all in it, goes when it is made again."""
+    for above in destination.parents:
+        with suppress(OSError, ValueError, RecursionError):
+            manifest = json.loads((above / MANIFEST).read_bytes())
+            if isinstance(manifest, dict) and {"format_version", "kind", "files", "hash"} <= manifest.keys():
+                break
+    else:
+        return
+    raise ValueError(
+        f"{destination} would lie inside the artifact {above} and be lost when that is made again; choose a folder "
+        "outside of it"
+    )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -146,6 +146,18 @@ def test_what_is_no_artifact_of_this_kind_is_never_replaced(tmp_path):
         write(f"memory://{tmp_path.name}/notes")
 
 
+def test_what_lies_in_an_artifact_and_is_no_part_of_it_is_never_lost(tmp_path):
+    users = write(tmp_path / "users", kind="users")
+    with pytest.raises(ValueError, match="inside the artifact"):
+        write(users / "runs" / "bank")
+    (users / "part" / "notes.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"part/notes\.txt"):
+        write(users, "two", kind="users")
+    assert (users / "part" / "notes.txt").read_text() == "years of work"
+    assert (open_artifact(users, kind="users").path / "factors.bin").read_text() == "one"
+    assert names(tmp_path) == ["users"]
+
+
 def test_an_empty_folder_may_be_filled(tmp_path):
     (tmp_path / "bank").mkdir()
     assert open_artifact(write(tmp_path / "bank"), kind="bank").facts == {"anchors": 3}
