@@ -560,7 +560,9 @@ def _refuse_stranger(destination: Path, kind: str) -> None:
         listed = set(manifest["files"])
     if found != f"an artifact of kind {kind!r}":
         raise ValueError(f"{destination} is {found}, not of kind {kind!r}; choose another folder, or remove it")
-    for file in sorted(destination.rglob("*")) if listed is not None else ():
+    if listed is None:
+        return
+    for file in sorted(destination.rglob("*")):
         name = file.relative_to(destination).as_posix()
         if file.is_file() and name != MANIFEST and name not in listed:
             raise ValueError(
