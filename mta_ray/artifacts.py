@@ -316,13 +316,19 @@ def _manifest_of(
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with open(path, "rb") as file:
             os.fsync(file.fileno())  # a manifest must never reach the disk before what it vouches for
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        name = path.relative_to(folder).as_posix()
+        if not _stays_inside(name):
+            raise ValueError(
+                f"a draft holds the file {name!r}, a name that no reader opens; choose another for the file"
+            )
+        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     identity = {"kind": kind, "settings": _plain(settings), "inputs": _plain(inputs), "files": files}
     return {
         "format_version": FORMAT_VERSION,
         **identity,
         "folder": "",
         "facts": _plain(facts),
+        "facts_sha256": _facts_sha256(facts),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "mta_ray": _version(),
         "hash": _hash_of(identity),
@@ -332,6 +338,15 @@ def _manifest_of(
 def _hash_of(manifest: dict[str, Any]) -> str:
     identity = {key: manifest[key] for key in ("kind", "settings", "inputs", "files")}
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+
+def _facts_sha256(facts: dict[str, Any]) -> str:
+    """Apart from the hash: facts may hold times, which make no other artifact."""
+    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry["bytes"], int) and _HASH.fullmatch(entry["sha256"]) is not None
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -357,10 +372,14 @@ def _manifest_at(path: str | Path, kind: str) -> dict[str, Any]:
             raise ArtifactError(f"{path} is a {manifest['kind']!r} artifact, wanted {kind!r}; give that one's folder")
         folder, names = manifest["folder"], list(manifest["files"])
         is_sound = manifest["hash"] == _hash_of(manifest) and folder in ("", manifest["hash"])
-        is_sound = is_sound and isinstance(manifest["facts"], dict)
+        is_sound = is_sound and isinstance(manifest["facts"], dict) and all(map(_is_entry, manifest["files"].values()))
+        if "facts_sha256" in manifest:  # older ones have none
+            is_sound = is_sound and manifest["facts_sha256"] == _facts_sha256(manifest["facts"])
         if not all(_stays_inside(name) for name in names):
             raise ArtifactError(f"{path}/{MANIFEST} names files outside its folder; do not trust it, build it yourself")
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ArtifactError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}/{MANIFEST} is damaged ({error!r}); build the artifact again") from error
     if not is_sound:
         raise ArtifactError(f"{path}/{MANIFEST} does not match its own hash: it was changed; build the artifact again")
@@ -374,7 +393,7 @@ def _manifest_text(path: str | Path, kind: str) -> bytes:
             return store.read(MANIFEST)
         _restore(_local(path))
         return (_local(path) / MANIFEST).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         message = f"{path} has no {MANIFEST}: unfinished, or no artifact; run the stage that makes {kind!r} again"
         if not (_local(path).exists() if store is None else store.exists()):
             message = f"{path}: nothing there; run the stage that makes {kind!r} first, or correct the path"
@@ -531,13 +550,40 @@ def _asides(destination: Path) -> list[Path]:
 
 
 def _refuse_stranger(destination: Path, kind: str) -> None:
+    _refuse_inside(destination)
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
-    found = "a file" if destination.is_file() else "a folder without a manifest"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = f"an artifact of kind {json.loads((destination / MANIFEST).read_bytes())['kind']!r}"
+    found, listed = "a file" if destination.is_file() else "a folder without a manifest", None
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        manifest = json.loads((destination / MANIFEST).read_bytes())
+        found = f"an artifact of kind {manifest['kind']!r}"
+        listed = set(manifest["files"])
     if found != f"an artifact of kind {kind!r}":
         raise ValueError(f"{destination} is {found}, not of kind {kind!r}; choose another folder, or remove it")
+    if listed is None:
+        return
+    for file in sorted(destination.rglob("*")):
+        name = file.relative_to(destination).as_posix()
+        if file.is_file() and name != MANIFEST and name not in listed:
+            raise ValueError(
+                f"{destination} holds {name}, which is no part of the artifact there and would be lost when that is "
+                "replaced; move it elsewhere, or choose another folder"
+            )
+
+
+def _refuse_inside(destination: Path) -> None:
+    """ValueError where a folder above is an artifact: it, and all in it, goes when it is made again."""
+    for above in destination.parents:
+        with suppress(OSError, ValueError, RecursionError):
+            manifest = json.loads((above / MANIFEST).read_bytes())
+            if isinstance(manifest, dict) and {"format_version", "kind", "files", "hash"} <= manifest.keys():
+                break
+    else:
+        return
+    raise ValueError(
+        f"{destination} would lie inside the artifact {above} and be lost when that is made again; choose a folder "
+        "outside of it"
+    )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -146,6 +146,18 @@ def test_what_is_no_artifact_of_this_kind_is_never_replaced(tmp_path):
         write(f"memory://{tmp_path.name}/notes")
 
 
+def test_what_lies_in_an_artifact_and_is_no_part_of_it_is_never_lost(tmp_path):
+    users = write(tmp_path / "users", kind="users")
+    with pytest.raises(ValueError, match="inside the artifact"):
+        write(users / "runs" / "bank")
+    (users / "part" / "notes.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"part/notes\.txt"):
+        write(users, "two", kind="users")
+    assert (users / "part" / "notes.txt").read_text() == "years of work"
+    assert (open_artifact(users, kind="users").path / "factors.bin").read_text() == "one"
+    assert names(tmp_path) == ["users"]
+
+
 def test_an_empty_folder_may_be_filled(tmp_path):
     (tmp_path / "bank").mkdir()
     assert open_artifact(write(tmp_path / "bank"), kind="bank").facts == {"anchors": 3}
@@ -193,6 +205,44 @@ def test_a_changed_manifest_is_noticed(tmp_path):
     (bank / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="does not match its own hash"):
         open_artifact(bank, kind="bank")
+
+
+def test_changed_facts_are_noticed_and_manifests_without_their_checksum_open(tmp_path):
+    bank = write(tmp_path / "bank")
+    manifest = json.loads((bank / "manifest.json").read_text())
+    manifest["facts"]["anchors"] = 30
+    (bank / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="it was changed"):
+        open_artifact(bank, kind="bank")
+    del manifest["facts_sha256"]
+    (bank / "manifest.json").write_text(json.dumps(manifest))
+    assert open_artifact(bank, kind="bank").facts == {"anchors": 30}
+
+
+def test_a_manifest_of_another_shape_is_no_artifact(tmp_path):
+    bank = write(tmp_path / "bank")
+    file = bank / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["files"]["factors.bin"]["sha256"]
+    identity = {key: manifest[key] for key in ("kind", "settings", "inputs", "files")}
+    manifest["hash"] = hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+    for text in ("[" * 100_000, json.dumps(manifest)):
+        file.write_text(text)
+        with pytest.raises(ArtifactError, match="is damaged"):
+            open_artifact(bank, kind="bank")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ArtifactError, match="unfinished, or no artifact"):
+        open_artifact(bank, kind="bank")
+
+
+def test_a_file_name_that_could_not_be_opened_again_is_not_published(tmp_path):
+    with (
+        pytest.raises(ValueError, match="choose another"),
+        publish(tmp_path / "bank", kind="bank", settings={}, inputs={}) as draft,
+    ):
+        (draft.path / "a\\b").write_text("one")
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["../escape", "/etc/escape", "a/../../escape", "..\\escape"])

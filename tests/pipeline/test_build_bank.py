@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -56,12 +57,18 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_simulated_users_by_ray_data_equal_the_pure_function(taught):
     found = {user.id: user for user in read_users(taught / "users")}
     assert found == {(u := simulate_user(WORLD, n)).id: u for n in range(30)}
+    assert list(found) == [simulate_user(WORLD, n).id for n in range(30)]
+    assert open_artifact(taught / "users", kind="users").files == ("users-000000.parquet",)  # nothing random in it
 
 
 def test_embeddings_cover_every_user_in_order(taught):
     table = read_embeddings(taught / "embeddings")
     assert table.user_ids == sorted(user.id for user in read_users(taught / "users"))
     assert table.means.shape == (30, 384)
+    (file,) = open_artifact(taught / "embeddings", kind="embeddings").files
+    assert file == "embeddings-0.parquet"
+    written = pq.read_table(taught / "embeddings" / file)["user_id"].to_pylist()
+    assert written == [user.id for user in read_users(taught / "users")]  # not in the order in which batches end
     assert table.queries == [2] * 30
 
 
