@@ -102,6 +102,13 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def fixed_cpus(config: ClusterConfig) -> float | None:
+    """CPUs of the cluster that was started for this run, and cannot grow; None in any other. Connected already."""
+    if JOB_VARIABLE in os.environ or config.address is not None:
+        return None
+    return float(ray.cluster_resources().get("CPU", 0.0))
+
+
 @contextmanager
 def _nothing_on_stderr() -> Iterator[None]:
     """Ray's core, in C++, complains of every task that a shutdown drops; whoever pressed Ctrl-C knows."""

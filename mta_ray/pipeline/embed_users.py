@@ -15,7 +15,7 @@ from numpy import ndarray
 from ray.actor import ActorHandle
 
 from mta_ray.artifacts import is_current, located, open_artifact, publish, read_manifest
-from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.cluster import ClusterConfig, connect, fixed_cpus
 from mta_ray.lamp.prompts import render_item
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import User, from_table
@@ -94,6 +94,9 @@ def embed_users(config: EmbedUsersConfig) -> str:
         return config.out
     with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         board = open_board()
+        cpus_per_actor = config.cpus_per_actor
+        if (cpus := fixed_cpus(config.cluster)) is not None:  # one is for those who read, or all would wait for ever
+            cpus_per_actor = min(cpus_per_actor, max(0.0, cpus - 1) / config.actors)
         with follow(board, "embed users", users.facts["users"], "users"):
             # A small artifact is one block, which would keep all actors but one idle. Who is embedded together
             # (padded to one length) shows in the last bits: batches are cut in the order of the users' files.
@@ -108,7 +111,7 @@ def embed_users(config: EmbedUsersConfig) -> str:
                 batch_format="pyarrow",
                 zero_copy_batch=True,
                 compute=ray.data.ActorPoolStrategy(size=config.actors),
-                num_cpus=config.cpus_per_actor,
+                num_cpus=cpus_per_actor,
                 num_gpus=config.gpus_per_actor,
             )
             with pq.ParquetWriter(draft.path / "embeddings-0.parquet", SCHEMA, compression="zstd") as writer:
