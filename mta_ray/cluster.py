@@ -164,7 +164,8 @@ def _quiet_ray_data() -> None:
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+        is_rays = type(handler).__module__.startswith("ray.")  # others' may stand there too
+        if is_rays and isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.CRITICAL + 1)
 
 
