@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,15 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     with _sigterm_kept():
         _init(options)
     _quiet_ray_data()
+    ending: AbstractContextManager[None] = nullcontext()
     try:
         yield
     except (KeyboardInterrupt, SystemExit):  # stopped in the middle of its tasks
-        with _nothing_on_stderr():
-            ray.shutdown()
+        ending = _nothing_on_stderr()
         raise
     finally:
-        ray.shutdown()
+        with ending:
+            ray.shutdown()
 
 
 def fixed_cpus(config: ClusterConfig) -> float | None:

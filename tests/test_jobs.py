@@ -84,8 +84,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         wait_for_jobs(cluster, head)
         yield cluster
     finally:
-        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-            process.kill()
+        if head.poll() is None:
+            for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+                process.kill()
         head.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -154,9 +154,7 @@ def test_a_finished_artifact_is_not_made_again_unless_something_changed(tmp_path
     assert len(list(read_users(tmp_path / "users"))) == 6
 
 
-def test_labels_and_leaks_of_the_data_are_told(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr("mta_ray.pipeline.prepare_users.log.warning", lambda text, *values: told.append(text % values))
+def test_labels_and_leaks_of_the_data_are_told(tmp_path, caplog):
     task = TASKS["news_categorize"]
     asked = task.question.format(labels="u.s. news, sports", content="Who won?")
     users = [
@@ -171,6 +169,7 @@ def test_labels_and_leaks_of_the_data_are_told(tmp_path, monkeypatch):
     out = Path(prepare_users(PrepareUsersConfig(files=(file,), task="news_categorize", out=str(tmp_path / "users"))))
     facts = open_artifact(out, kind="users").facts
     assert (facts["labels"], facts["leaked_items"]) == (["u.s. news", "sports"], 3)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(told) == 1 and "3 of 3 history items are asked about" in told[0]
 
 

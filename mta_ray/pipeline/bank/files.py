@@ -43,7 +43,9 @@ from mta_ray.personalize.lanes import Checkpoint
 ADAPTER, CHECKPOINT, LANES = "adapter", "checkpoint", "lanes"
 _STATES = ("values", "first", "second")
 KEY_LETTERS = 12
+"""Of a key that name its folder."""
 KEY = re.compile(f"[0-9a-f]{{{KEY_LETTERS}}}")
+"""Such a folder's name."""
 OURS = re.compile(r"\.?(\d{5}(\.checkpoint)?|histories|lanes)(\.(tmp|old)-\w+)?")
 """What lies in the folder; anything else there is somebody else's."""
 
