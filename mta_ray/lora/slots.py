@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mta_ray.lora.adapter import Adapter, Factors
-from mta_ray.lora.kernels import Kernel, choose
+from mta_ray.lora.kernels import Kernel, aligned, choose, gather
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,10 @@ class Routing:
     """(rows, k), the layer's dtype."""
     coefficients: Mapping[str, Tensor] | None = None
     """Module name to (rows, k, rank), or (rows, k, 1) where no route tells a slot's directions apart."""
+    run: int = 1
+    """So many rows after each other share a route, all through the batch: a layer may take them as one long row."""
+    first: int | None = None
+    """These long rows have one slot each, this one, the next one, and so on: they are a piece of the shelf."""
 
     @classmethod
     def of(cls, routes: Sequence[Route], *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Routing:
@@ -71,7 +75,19 @@ class Routing:
                 if route.coefficients:
                     rows[row, : len(route.slots)] = route.coefficients[module].to(dtype)
             coefficients[module] = rows.to(device)
-        return cls(slots.to(device), weights.to(device), coefficients or None)
+        run = _run_of(routes)
+        heads = [route.slots for route in routes[::run]]
+        first = heads[0][0] if heads == [(heads[0][0] + n,) for n in range(len(heads))] else None
+        return cls(slots.to(device), weights.to(device), coefficients or None, run, first)
+
+
+def _run_of(routes: Sequence[Route]) -> int:
+    """Length of equal runs that the routes consist of; 1: they do not, or somebody has coefficients."""
+    if any(route.coefficients for route in routes):
+        return 1
+    run = next((n for n, route in enumerate(routes) if route != routes[0]), len(routes))
+    is_even = len(routes) % run == 0 and all(route == routes[n // run * run] for n, route in enumerate(routes))
+    return run if is_even else 1
 
 
 @dataclass(slots=True)
@@ -224,10 +240,18 @@ class SlotLinear(nn.Module):
         weights = routing.weights[:, :, None]  # (rows, k, 1)
         if routing.coefficients:
             weights = weights * routing.coefficients[self.name]  # (rows, k, rank)
-        kernel = self.router.kernel or choose(rows=rows, k=k, slots=shelf.down.shape[0])
-        flat = x.transpose(0, 1) if per_token else x
-        down, up = shelf.down.to(flat.dtype), shelf.up.to(flat.dtype)
-        added = kernel(flat, down, up, routing.slots, weights * shelf.scale)
+        flat, slots = x.transpose(0, 1) if per_token else x, routing.slots
+        if routing.run > 1:
+            flat = flat.unflatten(0, (-1, routing.run)).flatten(1, 2)
+            slots, weights = slots[:: routing.run], weights[:: routing.run]
+        kernel = self.router.kernel or choose(rows=len(slots), k=k, slots=shelf.down.shape[0])
+        down, up = shelf.down, shelf.up
+        if kernel is gather and routing.first is not None:
+            kernel, piece = aligned, slice(routing.first, routing.first + len(slots))
+            down, up = down[piece], up[piece]
+        added = kernel(flat, down.to(flat.dtype), up.to(flat.dtype), slots, weights * shelf.scale)
+        if routing.run > 1:
+            added = added.unflatten(1, (routing.run, -1)).flatten(0, 1)
         return added.transpose(0, 1) if per_token else added
 
 

@@ -257,6 +257,8 @@ class _Pack:
         if self.engine.is_whole and self.routed.device.type == "cpu":
             most = CPU_TOKENS * self.engine.world_size
             batches = [part for batch in batches for part in parts_of(batch, lambda row: len(row[1].ids), most)]
+        # A slot's rows side by side: where all slots have as many, each slot's are one product.
+        batches = [sorted(batch, key=lambda row: row[0]) for batch in batches]
         sums, losses = torch.zeros(len(tokens), device=self.routed.device), []
         gradients: list[Tensor] = []
         for batch in batches:
@@ -265,9 +267,9 @@ class _Pack:
             losses.append((part / tokens.to(part)).sum())
             if self.engine.is_whole and len(batches) > 1:  # backward at once, so that its activations can go
                 found = torch.autograd.grad(losses.pop(), self.trainable)
-                gradients = (
-                    [one + other for one, other in zip(gradients, found, strict=True)] if gradients else [*found]
-                )
+                gradients = gradients or [torch.zeros_like(one) for one in found]
+                for sum_, one in zip(gradients, found, strict=True):
+                    sum_.add_(one)
         # A loss with those gradients: every engine is given one loss a step.
         losses += [(p * gradient).sum() for p, gradient in zip(self.trainable, gradients, strict=False)]
         return sums, torch.stack(losses).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mta_ray.lora.kernels import choose, dense, gather, reference
+from mta_ray.lora.kernels import aligned, choose, dense, gather, reference
 
 
 @pytest.mark.parametrize("kernel", [gather, dense])
@@ -35,6 +35,16 @@ def test_gradients_equal_the_reference(kernel):
         form(x, down, up, chosen, weights).pow(2).sum().backward()
         gradients.append((down.grad, up.grad))
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("per_rank", [False, True])
+def test_rows_that_are_a_piece_of_the_shelf_equal_the_reference(per_rank):
+    torch.manual_seed(5)
+    x = torch.randn(3, 4, 16, dtype=torch.float64)
+    down, up = torch.randn(7, 2, 16, dtype=torch.float64), torch.randn(7, 2, 12, dtype=torch.float64)
+    chosen, weights = torch.tensor([[2], [3], [4]]), torch.randn(3, 1, 2 if per_rank else 1, dtype=torch.float64)
+    wanted = reference(x, down, up, chosen, weights)
+    torch.testing.assert_close(aligned(x, down[2:5], up[2:5], chosen, weights), wanted)
 
 
 @pytest.mark.parametrize("kernel", [gather, dense, reference])

@@ -14,6 +14,7 @@ from mta_ray.artifacts import ArtifactError
 from mta_ray.lora.adapter import Adapter, Factors, load_peft, save_peft
 from mta_ray.lora.bank import assemble, load_bank, save_bank
 from mta_ray.lora.fusion import fuse
+from mta_ray.lora.kernels import dense, gather
 from mta_ray.lora.slots import Route, put, take
 from mta_ray.model.backbone import RoutedModel, merge
 
@@ -107,6 +108,23 @@ def test_packed_tokens_are_routed_one_by_one(tiny_model):
     for token in range(3):
         wanted = layer.base(x[0, token]) + adapters[token % 2].delta(name) @ x[0, token]
         torch.testing.assert_close(got[0, token], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [(0, 0, 1, 1, 2, 2), (1, 1, 1, 1), (0, 0, 1), (0, 1, 1, 0), (2, 0, 2, 0)])
+@pytest.mark.parametrize("form", [None, dense, gather])
+def test_rows_of_one_route_side_by_side_or_not_are_each_their_own(tiny_model, slots, form):
+    routed = RoutedModel(tiny_model())
+    adapters = _adapters(routed, 3)
+    _fill(routed, adapters)
+    routed.router.kernel = form
+    name, layer = next(iter(routed.layers.items()))
+    x = torch.randn(len(slots), 5, layer.base.in_features)
+    routes = [Route(slots=(slot, 1), weights=(0.5, 0.25)) for slot in slots]
+    with routed.router.using(bank=routed.routing(routes)):
+        got = layer(x)
+    for row, slot in enumerate(slots):
+        added = 0.5 * adapters[slot].delta(name) + 0.25 * adapters[1].delta(name)
+        torch.testing.assert_close(got[row], layer.base(x[row]) + x[row] @ added.T, atol=1e-5, rtol=1e-5)
 
 
 def test_coefficients_scale_single_directions(tiny_model):

@@ -163,6 +163,16 @@ def test_a_request_alone_takes_what_its_parts_take(turns: int) -> None:
     assert step.of(1, 0, 0) <= per_token_ms <= step.of(1, 0, 0) + ALL.replica.token_ms + 1e-9
 
 
+@pytest.mark.parametrize("turns", [1, 4])
+def test_an_idle_process_is_woken_up_once_for_a_request_and_once_for_a_piece(turns: int) -> None:
+    wakes = replace(ALL, turns=turns, ingress=replace(ALL.ingress, wake_ms=0.7))
+    took = [
+        simulate_pod([Arrival(0.0, 0, 10, 1)], PodConfig(replicas=1), times).outcomes[0].ttft_ms
+        for times in (ALL, wakes)
+    ]
+    assert took[1] - took[0] == pytest.approx(2 * 0.7)
+
+
 def test_fewer_cpus_than_processes_slow_everybody() -> None:
     arrivals = sample_arrivals(
         TrafficConfig(answer_tokens=8.0, stack_share=0.0), per_s=15.0, requests=150, users=9, seed=8

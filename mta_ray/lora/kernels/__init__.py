@@ -1,4 +1,4 @@
-"""Three ways to compute the same sum over a row's adapters; `choose` picks one by shape alone."""
+"""Ways to compute the same sum over a row's adapters; `choose` picks one by shape alone, but for `aligned`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from mta_ray.lora.kernels.aligned import aligned
 from mta_ray.lora.kernels.dense import dense
 from mta_ray.lora.kernels.gather import gather
 from mta_ray.lora.kernels.reference import reference
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
-__all__ = ["Kernel", "choose", "dense", "gather", "reference"]
+__all__ = ["Kernel", "aligned", "choose", "dense", "gather", "reference"]
 
 
 def choose(*, rows: int, k: int, slots: int) -> Kernel:

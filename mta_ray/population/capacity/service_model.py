@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
 from typing import Any, Literal
 
@@ -166,12 +167,13 @@ class _Thread:
         self._wake: simpy.Event | None = None
         self.env.process(self._work())
 
-    def do(self, ms: float, then: Callable[..., None], *args: Any) -> None:
-        """`then(*args)` after that much work, and after what was asked for before."""
+    def do(self, ms: float, then: Callable[..., None], *args: Any, wakes: bool = True) -> None:
+        """`then(*args)` after that much work, and after what was asked for before; `wakes`: an idle thread has to be
+        woken up for it."""
         if ms <= 0 and not self.jobs and self._wake is not None:
             then(*args)
             return
-        self.jobs.append((ms if self.jobs else ms + self.wake_ms, then, args))
+        self.jobs.append((ms + self.wake_ms if wakes and not self.jobs else ms, then, args))
         if self._wake is not None:
             self._wake.succeed()
             self._wake = None
@@ -212,9 +214,12 @@ class _Hop:
         if not left:
             then(*args)
             return
-        t, share = self.times, self.before / self.turns
+        t, share, is_first = self.times, self.before / self.turns, left == self.turns
+        native = partial(self.native.do, wakes=is_first)
         self.loop.do(
-            t.request_ms * share, self.native.do, t.native_request_ms * share, self._turn, left - 1, then, args
+            t.request_ms * share,
+            *(native, t.native_request_ms * share, self._turn, left - 1, then, args),
+            wakes=is_first,
         )
 
     def piece(self, is_last: bool, then: Callable[..., None], *args: Any) -> None:

@@ -70,7 +70,7 @@ class ProcessTime:
     native_token_ms: float = 0.0
     """The same for each piece."""
     wake_ms: float = 0.0
-    """More for a request or a piece that finds the event loop idle."""
+    """More for a request or a piece that finds the event loop idle; once, however many turns a request takes."""
     native_wake_ms: float = 0.0
     """The same of the other threads."""
 

@@ -1,0 +1,187 @@
+"""The population's job is killed again and again: is a user lost in the end, or stored twice?
+
+    python -m mta_ray.benchmarks.killed_population --json FILE
+
+One command, `mta simulate population` with a user store. After a random time it is killed (`kill -9`) with every process
+of its cluster, as when the machine goes down, and given again, until it has had its kills and comes to its end. Store
+and Parquet files are then compared with those of a run that was left in peace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+log = logging.getLogger(__name__)
+TIMES = ("version", "valid_from", "route_version", "created_at_s", "updated_at_s", "published_at_s")
+"""Columns of the store that say when something was written."""
+TABLES = ("users", "histories", "citations", "anchors", "bank_anchors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PopulationKillConfig:
+    """The population, and how often its job is killed."""
+
+    kills: int = 8
+    users: int = 100_000
+    part_users: int = 2_000
+    embeddings: str = "sampled"
+    fitted_on: int = 100
+    limit_s: float = 1200.0
+    """After so long the job is given up."""
+    seed: int = 0
+
+
+def kill_population(config: PopulationKillConfig) -> dict[str, Any]:
+    """What became of the users. Raises RuntimeError where the command fails or does not end."""
+    with tempfile.TemporaryDirectory(prefix="mta-population-kills-") as name:
+        home = Path(name)
+        (home / "whole").mkdir()
+        (home / "killed").mkdir()
+
+        # 1. undisturbed
+        began_s = time.monotonic()
+        if not _run_for(config, home / "whole", None):
+            raise RuntimeError("the undisturbed run did not end")
+        whole_s = time.monotonic() - began_s
+        log.info("undisturbed: %.0f s", whole_s)
+
+        # 2. the same with deaths, at any moment between the first import and what should be the end
+        draw = random.Random(config.seed)
+        killed_at_s: list[float] = []
+        parts: list[int] = []
+        began_s = time.monotonic()
+        is_done = False
+        while not is_done:
+            if time.monotonic() - began_s > config.limit_s:
+                raise RuntimeError(f"the job has not ended in {config.limit_s:.0f} s")
+            at_s = draw.uniform(0, whole_s) if len(killed_at_s) < config.kills else None
+            is_done = _run_for(config, home / "killed", at_s)
+            if not is_done and at_s is not None:
+                killed_at_s.append(at_s)
+                parts.append(len(list((home / "killed").glob("population.parts/*/part-*.parquet"))))
+                log.info("killed after %.1f s (%d); %d parts are there", at_s, len(killed_at_s), parts[-1])
+
+        # 3. what came of it
+        whole, killed = _rows(home / "whole" / "store.db"), _rows(home / "killed" / "store.db")
+        ours, theirs = _parts(home / "killed" / "population"), _parts(home / "whole" / "population")
+        numbers = ours["number"].to_pylist()
+        return {
+            "kills": len(killed_at_s),
+            "users_missing": len(set(range(config.users)) - set(numbers)),
+            "users_twice": len(numbers) - len(set(numbers)),
+            "rows_that_differ": sum(len(set(whole[table]) ^ set(killed[table])) for table in TABLES)
+            + sum(abs(len(whole[table]) - len(killed[table])) for table in TABLES),
+            "files_equal": ours.equals(theirs),
+            "population_kills": {
+                "undisturbed_s": whole_s,
+                "killed_at_s": killed_at_s,
+                "parts_there": parts,
+                "rows": {table: len(rows) for table, rows in killed.items()},
+                "config": asdict(config),
+            },
+        }
+
+
+def _run_for(config: PopulationKillConfig, folder: Path, seconds: float | None) -> bool:
+    """Whether the command came to its end within that time; else it and its cluster are killed."""
+    settings = {
+        "users": config.users,
+        "part-users": config.part_users,
+        "embeddings": config.embeddings,
+        "fitted-on": config.fitted_on,
+        "held-out": 0,
+        "anchors": 8,
+        "max-items": 4,
+        "store": folder / "store.db",
+        "out": folder / "population",
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    with (folder / "log").open("a") as told:
+        command = subprocess.Popen(
+            [sys.executable, "-m", "mta_ray.cli", "simulate", "population", *words],
+            stdout=told,
+            stderr=told,
+            start_new_session=True,
+        )
+        try:
+            code = command.wait(seconds if seconds is not None else config.limit_s)
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            _kill_session(command)
+    if code:
+        raise RuntimeError(f"the command ended with {code}: {(folder / 'log').read_text()[-2000:]}")
+    return True
+
+
+def _kill_session(command: subprocess.Popen[bytes]) -> None:
+    """The command and its cluster, all processes of its session: first those that start others."""
+    while members := [process.pid for process in psutil.process_iter() if _is_of(process, command.pid)]:
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        command.poll()  # or it would be a zombie for ever
+        time.sleep(0.05)
+    command.wait()
+
+
+def _is_of(process: psutil.Process, session: int) -> bool:
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
+        return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _rows(store: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """All that is in the store but times."""
+    found = {}
+    with closing(sqlite3.connect(store)) as connection:
+        for table in TABLES:
+            names = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+            kept = ", ".join(name for name in names if name not in TIMES)
+            found[table] = connection.execute(f"SELECT {kept} FROM {table}").fetchall()
+    return found
+
+
+def _parts(out: Path) -> pa.Table:
+    return pa.concat_tables(pq.read_table(file) for file in sorted(out.glob("part-*.parquet")))
+
+
+def main() -> int:
+    """Print and write what became of the users; 1 where the end is not that of the undisturbed run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
+    for name, default in asdict(PopulationKillConfig()).items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+    asked = vars(parser.parse_args())
+    file = asked.pop("json")
+    figures = kill_population(PopulationKillConfig(**asked))
+    if file:
+        file.write_text(json.dumps(figures, indent=2))
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    is_equal = figures["files_equal"] and not figures["rows_that_differ"]
+    return 0 if is_equal and not figures["users_missing"] and not figures["users_twice"] else 1
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    sys.exit(main())
