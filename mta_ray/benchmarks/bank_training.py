@@ -145,6 +145,8 @@ def main() -> None:
     if asked.json:
         asked.json.write_text(json.dumps(figures, indent=2))
     print(table(figures, BARS_8B if asked.shape == ["8b"] else BARS))
+    if "kills" in figures:
+        print(f"{figures['kills']} kills: {figures['bank_kills']['by_kind']}")
 
 
 if __name__ == "__main__":

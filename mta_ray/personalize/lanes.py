@@ -30,8 +30,8 @@ from mta_ray.personalize.train_config import TrainConfig, budget, schedule
 PACK = "pack"
 """The shelf that a pack in training lives on."""
 SIDES = ("down", "up")
-CPU_TOKENS = 1024
-"""Of one forward on a CPU, at most: more than its caches hold makes it slower. A GPU is given all rows at once."""
+CPU_TOKENS, CPU_NUMBERS = 1024, 2**17
+"""Tokens of one forward on a CPU, and numbers of one hidden state, whichever is more tokens: see `cpu_tokens`."""
 RowT = TypeVar("RowT")
 
 
@@ -255,7 +255,7 @@ class _Pack:
         """(slots,) summed loss of each slot's rows of this worker, and the loss to go backward from."""
         batches = by_length(rows, lambda row: len(row[1].ids))
         if self.engine.is_whole and self.routed.device.type == "cpu":
-            most = CPU_TOKENS * self.engine.world_size
+            most = cpu_tokens(self.routed) * self.engine.world_size
             batches = [part for batch in batches for part in parts_of(batch, lambda row: len(row[1].ids), most)]
         # A slot's rows side by side: where all slots have as many, each slot's are one product.
         batches = [sorted(batch, key=lambda row: row[0]) for batch in batches]
@@ -342,6 +342,11 @@ def parts_of(rows: Sequence[RowT], length: Callable[[RowT], int], tokens: int) -
             take -= 1
         yield list(rows[:take])
         rows = rows[take:]
+
+
+def cpu_tokens(routed: RoutedModel) -> int:
+    """Of one forward on a CPU, at most: more than its caches hold makes it slower. A GPU is given all rows at once."""
+    return max(CPU_TOKENS, CPU_NUMBERS // min(layer.base.in_features for layer in routed.layers.values()))
 
 
 def _fresh_state(routed: RoutedModel, job: Job, config: TrainConfig) -> SlotState:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mta_ray.lora.slots import Routing
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.batches import Tokens, collate, row_losses
-from mta_ray.personalize.lanes import CPU_TOKENS, by_length, parts_of
+from mta_ray.personalize.lanes import by_length, cpu_tokens, parts_of
 
 
 def routed_losses(
@@ -23,7 +23,7 @@ def routed_losses(
     """
     batches = by_length(list(enumerate(rows)), _length)
     if routed.device.type == "cpu":
-        batches = [part for batch in batches for part in parts_of(batch, _length, CPU_TOKENS)]
+        batches = [part for batch in batches for part in parts_of(batch, _length, cpu_tokens(routed))]
     for batch in batches:
         numbers = torch.tensor([number for number, _ in batch], device=routed.device)
         with routed.router.using(**{shelf: routing(numbers)}):

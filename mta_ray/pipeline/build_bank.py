@@ -117,7 +117,7 @@ def build_bank(config: BuildBankConfig) -> str:
 
     # 1. anchors
     refuse_stranger(config.out, "bank")
-    center, vectors, anchors = _anchors(table, config)
+    center, vectors, anchors = pick_anchors(table, config)
     ids = [table.user_ids[row] for row in anchors]
     log.info("bank: %d anchors of %d users", len(ids), len(table.user_ids))
 
@@ -215,8 +215,8 @@ def _tell_failed(failed: dict[int, str], anchors: int) -> None:
         raise FloatingPointError(f"none of {anchors} adapters could be trained: {next(iter(failed.values()))}")
 
 
-def _anchors(table: Embeddings, config: BuildBankConfig) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """(centre, all users' vectors, row numbers of the anchors)."""
+def pick_anchors(table: Embeddings, config: BuildBankConfig) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """(centre (dim,), all users' vectors (users, dim), row numbers of the anchors)."""
     rows = split_users(table.user_ids, table.items, table.queries, config.split).teachers
     center = table.means[rows].mean(axis=0) if config.is_centered else np.zeros_like(table.means[0])
     vectors = encode(table.means, center)

@@ -173,6 +173,7 @@ def test_budgets_follow_the_examples_up_to_the_steps():
 def test_rows_that_a_cpu_takes_in_parts_give_the_same_adapters(tiny_model, monkeypatch):
     wanted = {job.id: alone(tiny_model, job)[0] for job in jobs(tiny_model())}
     monkeypatch.setattr("mta_ray.personalize.lanes.CPU_TOKENS", 30)  # two or three rows at once
+    monkeypatch.setattr("mta_ray.personalize.lanes.CPU_NUMBERS", 0)
     office = Office(jobs(tiny_model()))
     train_lanes(RoutedModel(tiny_model()), 6, office, CONFIG)
     for name, adapter in wanted.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -72,12 +73,33 @@ def test_embeddings_cover_every_user_in_order(taught):
     assert table.queries == [2] * 30
 
 
-def test_a_bank_is_one_adapter_for_each_anchor_trained_on_the_anchors_own_items(taught, monkeypatch):
-    monkeypatch.chdir(taught)  # paths from where the command was given; the workers stand elsewhere
-    config = _bank_config(Path("."), "whole")
-    whole = build_bank(config)
-    assert whole == str(taught / "whole")
+@pytest.fixture(scope="module")
+def spared(taught) -> Path:
+    """What lies beside a bank whose run was stopped when all adapters were there and the bank was not."""
 
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(taught)  # paths from where the command was given; the workers stand elsewhere
+        patch.setattr("mta_ray.pipeline.build_bank.save_bank", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_bank(_bank_config(Path("."), "whole"))
+    assert not (taught / "whole").exists()
+    return Path(shutil.copytree(taught / "whole.adapters", taught / "spared"))
+
+
+@pytest.fixture(scope="module")
+def whole(taught, spared) -> str:
+    """The bank that comes of it when it is run again."""
+    return build_bank(_bank_config(taught, "whole"))
+
+
+def test_a_bank_is_one_adapter_for_each_anchor_trained_on_the_anchors_own_items(taught, whole):
+    assert whole == str(taught / "whole")
+    assert not (taught / "whole.adapters").exists()
+
+    config = _bank_config(taught, "whole")
     bank, base = load_bank(whole), open_base(taught / "base")
     table = read_embeddings(taught / "embeddings")
     split = split_users(table.user_ids, table.items, table.queries, config.split)
@@ -91,30 +113,17 @@ def test_a_bank_is_one_adapter_for_each_anchor_trained_on_the_anchors_own_items(
             assert difference(bank.adapter(anchor).factors[module].up, factors.up) < 0.01
 
 
-def test_an_interrupted_bank_goes_on_and_equals_the_undisturbed_one(taught, caplog, monkeypatch):
-    whole = build_bank(_bank_config(taught, "whole"))  # rests where the test before has built it
-    config = _bank_config(taught, "stopped")
-
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    # Stopped when all adapters are there and the bank is not.
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("mta_ray.pipeline.build_bank.save_bank", stop)
-        build_bank(config)
-    assert not (taught / "stopped").exists()
-    (kept,) = (taught / "stopped.adapters").iterdir()
+def test_a_run_that_finds_a_finished_adapter_damaged_trains_that_one_alone(taught, whole, spared, caplog):
+    (kept,) = Path(shutil.copytree(spared, taught / "damaged.adapters")).iterdir()
     found = sorted(path.name for path in kept.iterdir())
     assert found == ["00000", "00001", "histories"]  # and no checkpoint of what is finished
-
-    # One adapter is damaged since; the rerun trains that one alone.
     open_artifact(kept / "00000", kind="adapter")  # whole, and readable by itself
     file = kept / "00001" / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with caplog.at_level(logging.INFO):
-        build_bank(config)
+        build_bank(_bank_config(taught, "damaged"))
     assert "1 of 2 adapters are there already" in caplog.text
-    one, other = load_bank(whole), load_bank(taught / "stopped")
+    one, other = load_bank(whole), load_bank(taught / "damaged")
     assert one.anchor_ids == other.anchor_ids
     for module in one.up:
         torch.testing.assert_close(one.up[module], other.up[module])
@@ -130,7 +139,7 @@ def test_what_is_no_bank_is_not_replaced_and_nothing_is_trained_before_that_is_s
     assert not (taught / "mine.adapters").exists()
 
 
-def test_artifacts_that_do_not_belong_together_are_refused(taught, tmp_path):
+def test_artifacts_that_do_not_belong_together_are_refused(taught, whole, tmp_path):
     others = simulate_users(SimulateUsersConfig(world=replace(WORLD, seed=3), users=30, out=str(tmp_path / "users")))
     reads = {"users": others, "embeddings": str(taught / "embeddings")}
     with pytest.raises(ValueError, match="embeddings of other users"):
@@ -138,11 +147,10 @@ def test_artifacts_that_do_not_belong_together_are_refused(taught, tmp_path):
     with pytest.raises(ValueError, match="embeddings of other users"):
         build_bank(replace(_bank_config(taught, "none"), users=others))
     with pytest.raises(ValueError, match="embeddings of other users"):
-        adapt_users(AdaptUsersConfig(**reads, base=str(taught / "base"), bank=str(taught / "whole")))
+        adapt_users(AdaptUsersConfig(**reads, base=str(taught / "base"), bank=whole))
 
 
-def test_states_hold_a_route_and_a_stack_for_each_tested_user(taught):
-    bank = build_bank(_bank_config(taught, "whole"))  # rests where the test before has built it
+def test_states_hold_a_route_and_a_stack_for_each_tested_user(taught, whole):
     split, stacks = (
         SplitConfig(max_few_shot=3, max_rest=1),
         TrainConfig(rank=1, alpha=2.0, steps=2, examples_per_step=2, learning_rate=1e-2),
@@ -152,7 +160,7 @@ def test_states_hold_a_route_and_a_stack_for_each_tested_user(taught):
             users=str(taught / "users"),
             embeddings=str(taught / "embeddings"),
             base=str(taught / "base"),
-            bank=str(bank),
+            bank=whole,
             out=str(taught / "states"),
             stack=stacks,
             split=split,
@@ -163,7 +171,7 @@ def test_states_hold_a_route_and_a_stack_for_each_tested_user(taught):
     states = read_states(out, tested)
     assert set(states) == tested
     base = open_base(taught / "base")
-    routed, anchors = base.load_routed(bank)
+    routed, anchors = base.load_routed(whole)
     users = {user.id: user for user in read_users(taught / "users")}
     for state in states.values():
         # the route by hand: softmax over the cosines of the two anchors
@@ -195,13 +203,12 @@ def test_packs_are_even_and_every_actor_has_as_many(users, sizes):
     assert packs_of(people, [], ActorConfig()) == []
 
 
-def test_a_bank_of_another_base_is_refused(taught):
-    bank = build_bank(_bank_config(taught, "whole"))
+def test_a_bank_of_another_base_is_refused(taught, whole):
     other = taught / "other-base"
     config = TrainBaseConfig(users=str(taught / "users"), embeddings=str(taught / "embeddings"), mode="none")
     train_base(replace(config, dtype="bfloat16", out=str(other)))
     with pytest.raises(ValueError, match="was made with base model"):
-        open_base(other).load_routed(bank)
+        open_base(other).load_routed(whole)
     with pytest.raises(ValueError, match="is not the one that"):
         replace(open_base(other), fingerprint="0" * 64).load()
 

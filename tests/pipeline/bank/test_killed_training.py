@@ -21,11 +21,14 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mta_ray.lora.bank import Bank, load_bank
-from mta_ray.model.backbone import embedded_path
+from mta_ray.lora.bank import Bank, assemble, load_bank
+from mta_ray.model.backbone import RoutedModel, embedded_path
 from mta_ray.personalize.base_model import open_base, tokenised
+from mta_ray.personalize.lanes import Job as TrainJob
 from mta_ray.personalize.train_config import TrainConfig
-from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
+from mta_ray.personalize.training import train_pack
+from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank, pick_anchors
+from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import GroupConfig
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.train_base import TrainBaseConfig, train_base
@@ -56,7 +59,21 @@ FREE_S = 90.0
 
 @pytest.fixture(scope="module")
 def undisturbed(taught: Path) -> Bank:
-    return load_bank(build_bank(settings(taught, str(taught / "undisturbed"))))
+    """What each of these runs must come to, in plain torch and one process."""
+    base, table = open_base(taught / "base"), read_embeddings(taught / "embeddings")
+    center, vectors, anchors = pick_anchors(table, settings(taught, ""))
+    ids = tuple(table.user_ids[row] for row in anchors)
+    users = {user.id: user for user in read_users(taught / "users")}
+    routed = RoutedModel(base.load(), base.targets)
+    jobs = [TrainJob(id=id_, examples=tokenised(routed.backbone, base.wording.history(users[id_]))) for id_ in ids]
+    return assemble(
+        train_pack(routed, jobs, TRAIN).adapters,
+        anchor_ids=ids,
+        embeddings=vectors[anchors],
+        center=center,
+        base_fingerprint=base.fingerprint,
+        encoder=table.encoder,
+    )
 
 
 def assert_equal(got: Bank, wanted: Bank) -> None:
