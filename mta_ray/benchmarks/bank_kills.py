@@ -53,12 +53,12 @@ class BankKillConfig:
     anchors: int = 16
     lanes: int = 2
     """Adapters that each of the two groups trains at once."""
-    steps: int = 100
+    steps: int = 400
     examples_per_step: int = 2
     checkpoint_every_s: float = 3.0
     wait_s: float = 3.0
     """At most so long a killer waits once both groups train."""
-    limit_s: float = 1500.0
+    limit_s: float = 2400.0
     """After so long the job is given up."""
     seed: int = 0
 
