@@ -202,7 +202,7 @@ def inspected(path: str | Path, *, kind: str) -> Iterator[tuple[Artifact, list[s
         yield _artifact(folder, manifest), list(problems)
 
 
-def open_artifact(path: str | Path, *, kind: str, verify: bool = True) -> Artifact:
+def open_artifact(path: str | Path, *, kind: str | tuple[str, ...], verify: bool = True) -> Artifact:
     """The finished artifact at `path`; `verify` compares every file's checksum, else only sizes are looked at."""
     manifest = _manifest_at(path, kind)
     folder = _download(str(path), manifest, verify) if is_remote(path) else _local(path) / manifest["folder"]
@@ -357,9 +357,11 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     _sync_folder(folder)
 
 
-def _manifest_at(path: str | Path, kind: str) -> dict[str, Any]:
-    """The manifest at `path`, checked in itself: readable, this kind, a format we know, its hash right."""
-    text = _manifest_text(path, kind)
+def _manifest_at(path: str | Path, kind: str | tuple[str, ...]) -> dict[str, Any]:
+    """The manifest at `path`, checked in itself: readable, (one of) this kind, a format we know, its hash right."""
+    kinds = (kind,) if isinstance(kind, str) else kind
+    wanted = " or ".join(map(repr, kinds))
+    text = _manifest_text(path, wanted)
     try:
         manifest = json.loads(text)
         version = manifest["format_version"]
@@ -368,8 +370,8 @@ def _manifest_at(path: str | Path, kind: str) -> dict[str, Any]:
                 f"{path} has format {version}, made by mta_ray {manifest.get('mta_ray')}; this one reads up to "
                 f"{FORMAT_VERSION}: upgrade mta_ray, or build the artifact again with this one"
             )
-        if manifest["kind"] != kind:
-            raise ArtifactError(f"{path} is a {manifest['kind']!r} artifact, wanted {kind!r}; give that one's folder")
+        if manifest["kind"] not in kinds:
+            raise ArtifactError(f"{path} is a {manifest['kind']!r} artifact, wanted {wanted}; give that one's folder")
         folder, names = manifest["folder"], list(manifest["files"])
         is_sound = manifest["hash"] == _hash_of(manifest) and folder in ("", manifest["hash"])
         is_sound = is_sound and isinstance(manifest["facts"], dict) and all(map(_is_entry, manifest["files"].values()))
@@ -386,7 +388,7 @@ def _manifest_at(path: str | Path, kind: str) -> dict[str, Any]:
     return manifest
 
 
-def _manifest_text(path: str | Path, kind: str) -> bytes:
+def _manifest_text(path: str | Path, wanted: str) -> bytes:
     store = open_store(str(path)) if is_remote(path) else None
     try:
         if store is not None:
@@ -394,9 +396,9 @@ def _manifest_text(path: str | Path, kind: str) -> bytes:
         _restore(_local(path))
         return (_local(path) / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        message = f"{path} has no {MANIFEST}: unfinished, or no artifact; run the stage that makes {kind!r} again"
+        message = f"{path} has no {MANIFEST}: unfinished, or no artifact; run the stage that makes {wanted} again"
         if not (_local(path).exists() if store is None else store.exists()):
-            message = f"{path}: nothing there; run the stage that makes {kind!r} first, or correct the path"
+            message = f"{path}: nothing there; run the stage that makes {wanted} first, or correct the path"
         raise ArtifactError(message) from None
 
 

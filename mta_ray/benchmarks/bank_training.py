@@ -42,6 +42,7 @@ BARS = (
     Bar(key="pack_over_sequential", what="adapters/h of a pack over PEFT's, worst case", side=">=", value=1.0),
     Bar(key="pack_over_sequential_small_batch", what="the same, one example a step, worst case", side=">=", value=2.0),
     Bar(key="pack_equals_alone", what="largest ‖a−b‖/‖b‖, adapter in the pack to alone", side="<=", value=1e-4),
+    Bar(key="pack_equals_alone_float64", what="the same in float64, embedded base", side="<=", value=1e-6),
     Bar(key="group_scaling", what="adapters/s of two groups over one", side=">=", value=1.8),
     Bar(key="growth_time", what="time per adapter, 8 to 64 anchors, max/min - 1", side="<=", value=0.15),
     Bar(key="growth_memory", what="peak memory above the base, the same", side="<=", value=0.15),

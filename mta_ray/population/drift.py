@@ -35,7 +35,7 @@ from mta_ray.population.people import WorldConfig
 from mta_ray.population.synthesize import SimulateUsersConfig, simulate_users
 
 log = logging.getLogger(__name__)
-KIND, NAME = "simulation", "drift"
+KIND = NAME = "drift"
 STALE, FRESH, REBUILT = "old route, old bank", "fresh route, old bank", "fresh route, bank rebuilt"
 LINES = {STALE: ORANGE, FRESH: BLUE, REBUILT: GREEN, BARE: GREY}
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mta_ray.artifacts import Artifact, ArtifactError, located, open_artifact, publish
+from mta_ray.artifacts import Artifact, located, open_artifact, publish
 from mta_ray.evaluation.sections import FIGURES, write_sections
 
-KIND = "simulation"
+KIND = "joined"
 MODULES = {
     "population": "mta_ray.population.crowd.report",
     "what-if": "mta_ray.population.what_if",
@@ -19,7 +19,7 @@ MODULES = {
     "load": "mta_ray.population.load.report",
     "capacity": "mta_ray.population.capacity.report",
 }
-"""Whose `sections` show a report: what it says under `simulation` decides."""
+"""Kind of artifact to the module whose `sections` show its report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +58,7 @@ def join_reports(config: JoinReportsConfig) -> str:
 
 
 def _open(path: str) -> Artifact:
-    try:
-        artifact = open_artifact(path, kind=KIND)
-    except ArtifactError:  # a population is an artifact with more in it than its report
-        artifact = open_artifact(path, kind="population")
-    if artifact.settings.get("simulation") == "joined":
+    artifact = open_artifact(path, kind=(*MODULES, KIND))
+    if artifact.kind == KIND:
         raise ValueError(f"{path} is a joined page already; name the simulations themselves")
     return artifact

@@ -73,6 +73,11 @@ class WorldConfig:
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
 
 
+def user_name(seed: int, number: int) -> str:
+    """The id of a world's user."""
+    return f"sim-{seed}-{number}"
+
+
 def simulate_user(config: WorldConfig, number: int) -> User:
     """User `number` of the world: the same whenever, wherever and in whatever order it is asked for.
 
@@ -81,7 +86,7 @@ def simulate_user(config: WorldConfig, number: int) -> User:
     rng = np.random.default_rng([config.seed, 1, number])
     taste = _taste(config, rng, number)
     items = _history_length(config, rng)
-    user_id = f"sim-{config.seed}-{number}"
+    user_id = user_name(config.seed, number)
     prefix = user_id
     if config.week:
         prefix = f"{user_id}-w{config.week}"

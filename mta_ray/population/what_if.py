@@ -31,7 +31,7 @@ from mta_ray.pipeline.split import SplitConfig, split_users
 from mta_ray.population.judge import BARE, JudgeConfig, Question, gain, judge, spread
 
 log = logging.getLogger(__name__)
-KIND, NAME = "simulation", "what-if"
+KIND = NAME = "what-if"
 SWEEPS = {
     "anchors": "anchors in the bank",
     "k": "anchors in a user's route (k)",

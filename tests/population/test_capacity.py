@@ -32,7 +32,7 @@ def config(tmp_path: Path, **more) -> SimulateCapacityConfig:  # noqa: ANN003
 def test_a_plan_is_published_and_rests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = config(tmp_path, demand=DemandConfig(users=(1e9, 1e4)))
     path = simulate_capacity(asked)
-    artifact = open_artifact(path, kind="simulation")
+    artifact = open_artifact(path, kind="capacity")
     report = json.loads((artifact.path / "report.json").read_text())
     assert report["simulation"] == "capacity"
     assert [plan["users"] for plan in report["plans"]] == [1e4, 1e9]
@@ -92,7 +92,8 @@ def test_times_must_come_from_somewhere(tmp_path: Path) -> None:
 
 
 def rows(*answers: dict) -> pa.Table:
-    usual = {"kind": "chat", "status": 200, "tokens": 3, "is_stream": True, "retried": False, "verdict": "right"}
+    usual = {"kind": "ask", "status": 200, "tokens": 3, "is_stream": True, "retried": False, "verdict": "ok"}
+    usual |= {"first_status": 200, "user": 7, "most_tokens": 9, "prompt_tokens": 20}
     return pa.Table.from_pylist([usual | answer for answer in answers])
 
 
@@ -104,7 +105,9 @@ def test_a_finished_load_test_is_replayed_phase_by_phase(tmp_path: Path) -> None
         {"at_s": 0.0, "phase": "calm"} | answer,
         {"at_s": 1.0, "phase": "calm"} | answer,
         {"at_s": 2.0, "phase": "crowd", "ttft_ms": 2 * first_ms, "total_ms": 2 * (first_ms + 2 * step_ms)},
-        {"at_s": 2.5, "phase": "crowd", "retried": True, "ttft_ms": 9e9, "total_ms": 9e9},
+        {"at_s": 3.5, "phase": "crowd", "retried": True, "first_status": 503, "ttft_ms": 9e9, "total_ms": 9e9},
+        {"at_s": 4.5, "phase": "crowd", "status": 0, "first_status": 0, "tokens": 0, "ttft_ms": None, "total_ms": 9e9},
+        {"at_s": 5.5, "phase": "crowd", "is_stream": False, "ttft_ms": None, "total_ms": 2 * (first_ms + 2 * step_ms)},
         {"at_s": 2.7, "phase": "crowd", "kind": "history", "tokens": 0, "ttft_ms": 0.0, "total_ms": 1.0},
     )
     pq.write_table(table, tmp_path / "requests.parquet")
@@ -112,8 +115,9 @@ def test_a_finished_load_test_is_replayed_phase_by_phase(tmp_path: Path) -> None
     assert (calm["phase"], calm["requests"]) == ("calm", 2)
     assert calm["clocks"]["ttft_ms_p50"]["ratio"] == pytest.approx(1.0)
     assert calm["clocks"]["total_ms_p99"]["ratio"] == pytest.approx(1.0)
-    assert (crowd["phase"], crowd["requests"]) == ("crowd", 1)
-    assert crowd["clocks"]["total_ms_p50"]["ratio"] == pytest.approx(0.5)
+    assert (crowd["phase"], crowd["requests"]) == ("crowd", 4)
+    assert (crowd["refused"], crowd["failed"]) == ({"predicted": 0, "measured": 1}, 1)
+    assert crowd["clocks"]["total_ms_p99"]["measured"] == pytest.approx(2 * (first_ms + 2 * step_ms))
 
 
 def test_another_table_is_no_load_test(tmp_path: Path) -> None:

@@ -44,6 +44,26 @@ def test_bisection_finds_what_a_scan_finds() -> None:
     assert not any(ok for share, ok in holds.items() if share > 1.04)
 
 
+def test_a_pods_rate_is_each_of_its_replicas() -> None:
+    """Two replicas between which requests are drawn by lot are two M/D/1 queues, each of its own share."""
+    step = StepTime(fixed_ms=10.0, row_ms=0.0, prompt_token_ms=0.0)
+    pod = PodConfig(replicas=2, max_requests=1, max_step_tokens=10**6, max_waiting=10**6, routing="random")
+    traffic = TrafficConfig(prompt_tokens=1.0, answer_tokens=1.0, lengths="fixed", stack_share=0.0)
+    load = 0.7
+    ours = Planner(
+        FleetConfig(pod=pod), ServiceTimes(step=step), traffic, DemandConfig(), TARGET, SampleConfig(requests=20_000)
+    )
+    point = ours.at(load / 10.0 * 1e3)
+    # of an M/D/1 queue: the median and the 99th percentile of the wait, by its own recursion (Lindley)
+    rng, wait, waits = np.random.default_rng(0), 0.0, []
+    for gap in rng.exponential(10.0 / load, 200_000):
+        wait = max(0.0, wait + 10.0 - gap)
+        waits.append(wait)
+    assert point.total_ms_p50 == pytest.approx(10.0 + np.percentile(waits, 50), rel=0.1)
+    assert point.total_ms_p99 == pytest.approx(10.0 + np.percentile(waits, 99), rel=0.1)
+    assert point.engine_busy == pytest.approx(load, rel=0.05)
+
+
 @pytest.mark.parametrize("edge", [0.37, 5.0, 99.0])
 def test_the_largest_is_just_below_the_edge(edge: float) -> None:
     found = largest(lambda x: x <= edge, 0.1, 100.0, 0.001, lambda _: "")

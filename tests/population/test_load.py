@@ -65,14 +65,15 @@ def test_every_answer_is_its_own_users(run: LoadRun) -> None:
     assert any(sample.running == 1 for sample in run.samples)
 
 
-def test_answers_of_swapped_users_are_found(run: LoadRun) -> None:
+@pytest.mark.parametrize("prompts_apart", [0, 1])
+def test_answers_of_swapped_users_are_found(run: LoadRun, prompts_apart: int) -> None:
     """Two users' expectations change places: whoever asked as one of them was told what belongs to the other."""
     book = run.book
     assert book is not None
     changed = {row.user for row in run.rows if row.kind == "history"}
     asked = Counter(row.user for row in run.rows if row.kind == "ask" and row.user in book.stacks.keys() - changed)
     one = asked.most_common(1)[0][0]
-    other = next(user for user in book.stacks if user % 3 == one % 3 and user != one)
+    other = next(user for user in book.stacks if (user - one) % 3 == prompts_apart and user != one)
     right = judge(run.rows, book)
 
     def swap() -> None:
@@ -153,7 +154,7 @@ def test_the_stage_publishes_a_report_and_rests(
     config = replace(config, out=str(tmp_path / "load"))
     assert simulate_load(config) == simulate_load(config) == str(tmp_path / "load")
     assert len(runs) == 1
-    artifact = open_artifact(tmp_path / "load", kind="simulation")
+    artifact = open_artifact(tmp_path / "load", kind="load")
     report = json.loads((artifact.path / "report.json").read_text())
     assert report["simulation"] == "load" and report["all"]["requests"] == len(run.rows) == artifact.facts["requests"]
     assert pq.read_table(artifact.path / "requests.parquet").num_rows == len(run.rows)

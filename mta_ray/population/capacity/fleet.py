@@ -22,6 +22,7 @@ from mta_ray.population.capacity.service_times import ServiceTimes
 log = logging.getLogger(__name__)
 DAY_S, MONTH_H = 86_400, 730
 DAY_POINTS = 96
+PEAK_MAX = 60.0
 WARM_SHARE = 0.1
 """Of a sample's requests, the first: they find an empty pod, and are not counted."""
 
@@ -83,6 +84,8 @@ class DemandConfig:
                 f"requests_per_day is {self.requests_per_day} and peak_factor {self.peak_factor}, "
                 "wanted more than 0 and at least 1"
             )
+        if self.peak_factor > PEAK_MAX:
+            raise ValueError(f"peak_factor is {self.peak_factor}, wanted at most {PEAK_MAX}: a day's curve has no more")
         if min(self.bytes_per_user, self.bytes_per_stack) < 0 or self.store_copies < 1:
             raise ValueError("bytes_per_user and bytes_per_stack are at least 0, store_copies at least 1")
 
@@ -214,7 +217,7 @@ class Planner:
         return largest(
             lambda per_s: not self.at(per_s).misses(self.target),
             can_per_s / 50,
-            1.2 * can_per_s,
+            can_per_s,  # more would pile up, however patient the target is with what a sample shows of it
             self.sample.precision,
             lambda per_s: (
                 f"even at {per_s:.3g} requests/s a replica {' and '.join(self._missed(per_s))}; "

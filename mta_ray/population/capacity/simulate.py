@@ -19,7 +19,7 @@ from mta_ray.population.capacity.service_times import ProcessTime, ServiceTimes,
 from mta_ray.population.capacity.validate import ValidateConfig, validate_live, validate_run
 
 log = logging.getLogger(__name__)
-KIND = "simulation"
+KIND = "capacity"
 TIMES = "service_times.json"
 
 

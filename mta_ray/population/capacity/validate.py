@@ -143,26 +143,37 @@ def validate_run(
     requests: str | Path, pod: PodConfig, times: ServiceTimes, *, prompt_tokens: int, stack_share: float = 0.0
 ) -> list[dict[str, Any]]:
     """The answers of a finished `mta simulate load` (its requests.parquet), replayed: one comparison for each phase."""
-    columns = ["at_s", "phase", "kind", "status", "ttft_ms", "total_ms", "tokens", "is_stream", "retried"]
+    columns = ["at_s", "phase", "kind", "status", "first_status", "ttft_ms", "total_ms", "is_stream", "retried"]
+    columns += ["user", "tokens", "most_tokens", "prompt_tokens"]
     table = pq.read_table(requests)
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise ValueError(f"{requests} lacks the columns {', '.join(missing)}; is it of `mta simulate load`?")
-    rows = [row for row in table.select(columns).to_pylist() if row["tokens"] or row["status"] == 503]
-    if not rows:
+    rows = [row for row in table.select(columns).to_pylist() if row["kind"] == "ask"]
+    if not any(row["tokens"] for row in rows):
         raise ValueError(f"{requests} holds no answered question")
     rows.sort(key=lambda row: row["at_s"])
     rng = np.random.default_rng(0)
+    has_stack = {user: bool(rng.random() < stack_share) for user in sorted({row["user"] for row in rows})}
+    # A second try is a request of its own, which nobody predicts: what was refused at first counts as refused.
+    rows = [row | {"status": row["first_status"]} if row["retried"] else row for row in rows]
+    rows = [row | {"ttft_ms": row["total_ms"]} if row["ttft_ms"] is None else row for row in rows]
     arrivals = [
-        Arrival(row["at_s"], n, prompt_tokens, max(1, row["tokens"]), row["is_stream"], rng.random() < stack_share)
-        for n, row in enumerate(rows)
+        Arrival(
+            row["at_s"],
+            row["user"],
+            row["prompt_tokens"] or prompt_tokens,
+            max(1, row["tokens"] or row["most_tokens"]),
+            row["is_stream"],
+            has_stack[row["user"]],
+        )
+        for row in rows
     ]
-    ended = {outcome.arrival.user: outcome for outcome in simulate_pod(arrivals, pod, times).outcomes}
+    ended = {id(outcome.arrival): outcome for outcome in simulate_pod(arrivals, pod, times).outcomes}
     told = []
     for phase in dict.fromkeys(row["phase"] for row in rows):
-        at = [n for n, row in enumerate(rows) if row["phase"] == phase and not row["retried"]]
-        if at:
-            told.append({"phase": phase} | compare([ended[n] for n in at], [rows[n] for n in at]))
+        at = [n for n, row in enumerate(rows) if row["phase"] == phase]
+        told.append({"phase": phase} | compare([ended[id(arrivals[n])] for n in at], [rows[n] for n in at]))
     return told
 
 

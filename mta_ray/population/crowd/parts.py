@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mta_ray.personalize.merge_then_adapt import FusionConfig, encode
 from mta_ray.pipeline.embed_users import item_texts
 from mta_ray.population.crowd.anchors import Anchors, route_many
 from mta_ray.population.crowd.vectors import EmbeddingModel
-from mta_ray.population.people import WorldConfig, simulate_user
+from mta_ray.population.people import WorldConfig, simulate_user, user_name
 from mta_ray.serving.database import DatabaseConfig, open_database
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.user_state import ItemSum, UserRoute
@@ -195,7 +195,7 @@ class StorePart:
         )
 
         began_s = time.perf_counter()
-        added = self._store(batch)
+        added, others = self._store(batch)
         stored_s = time.perf_counter()
         table = self._result(batch)
         seconds = {name.removesuffix("_s"): batch[name][0].as_py() for name in batch.column_names if _is_timing(name)}
@@ -205,6 +205,7 @@ class StorePart:
             "part": part,
             "users": len(batch),
             "added": added,
+            "others": others,
             "began_at_s": batch["began_at_s"][0].as_py(),
             "seconds": seconds,
             **self._figures(batch),
@@ -213,13 +214,26 @@ class StorePart:
         self.board.add.remote(self.plan.progress, len(batch))
         return pa.table({"part": [part]})
 
-    def _store(self, batch: pa.Table) -> int:
+    def _store(self, batch: pa.Table) -> tuple[int, int]:
+        """How many were added, and how many were there already with another route or history than theirs here."""
         if self.store is None:
-            return 0
-        return sum(
-            self.store.add_users(self._new_users(batch.slice(start, STORE_USERS)))
-            for start in range(0, len(batch), STORE_USERS)
-        )
+            return 0, 0
+        added = others = 0
+        for start in range(0, len(batch), STORE_USERS):
+            new = self._new_users(batch.slice(start, STORE_USERS))
+            count = self.store.add_users(new)
+            added += count
+            if count < len(new):
+                others += sum(not self._has(one) for one in new)
+        return added, others
+
+    def _has(self, new: NewUser) -> bool:
+        assert self.store is not None
+        found = self.store.read(new.user).route
+        if found is None or new.route is None or replace(found, history_version=0) != new.route:
+            return False
+        known, wanted = self.store.read_history(new.user), new.history
+        return [(item.content, item.target) for item in known] == [(item.content, item.target) for item in wanted]
 
     def _new_users(self, batch: pa.Table) -> list[NewUser]:
         plan = self.plan
@@ -229,7 +243,7 @@ class StorePart:
         texts = None if donors is not None else batch["history"].to_pylist()
         new = []
         for row, number in enumerate(numbers):
-            name = f"sim-{plan.world.seed}-{number}"
+            name = user_name(plan.world.seed, number)
             if donors is not None:
                 history = [
                     HistoryItem(id=f"{name}-{n}", content=item.content, target=item.target)
@@ -258,7 +272,7 @@ class StorePart:
         return new
 
     def _result(self, batch: pa.Table) -> pa.Table:
-        ids = pa.array([f"sim-{self.plan.world.seed}-{number}" for number in batch["number"].to_pylist()])
+        ids = pa.array([user_name(self.plan.world.seed, number) for number in batch["number"].to_pylist()])
         return batch.select(["number", "items", "mean", "slots", "weights", "cosines"]).add_column(0, "user_id", ids)
 
     def _figures(self, batch: pa.Table) -> dict[str, Any]:

@@ -33,7 +33,6 @@ def report_of(
     fidelity: Mapping[str, Any] | None,
     bare_users_per_s: float | None,
     workers: int,
-    store_bytes: int | None,
 ) -> dict[str, Any]:
     """The content of `report.json`, made of the summaries of all parts."""
     users = sum(part["users"] for part in summaries)
@@ -55,13 +54,19 @@ def report_of(
         "growth": list(growth),
         "encoder": None if bare_users_per_s is None else _encoder(whole, summaries, bare_users_per_s, workers),
         "fidelity": fidelity,
-        "store": None if store_bytes is None else {"bytes": store_bytes, "bytes_per_user": store_bytes / users},
+        "store": _store(whole),
         "quality": None,
     }
 
 
 def growth_of(
-    summaries: Sequence[Mapping[str, Any]], *, users: int, seconds: float, memory: PeakMemory, store_bytes: int | None
+    summaries: Sequence[Mapping[str, Any]],
+    *,
+    users: int,
+    seconds: float,
+    memory: PeakMemory,
+    store_bytes: int | None,
+    store_bytes_before: int | None = 0,
 ) -> dict[str, Any]:
     """What one run took. `steady` leaves out all until the first part was done: processes that start, models that load.
 
@@ -83,6 +88,9 @@ def growth_of(
         "process_peak_memory_mb": memory.process_peak_mb,
         "process_peak_name": memory.process_peak_name,
         "store_bytes": store_bytes,
+        "store_bytes_before": store_bytes_before,
+        "users_added": sum(part["added"] for part in summaries),
+        "users_kept_as_they_were": sum(part["others"] for part in summaries),
         "is_resumed": run_users < users,
     }
 
@@ -111,7 +119,8 @@ def told(report: Mapping[str, Any]) -> str:
     if report["encoder"]:
         rows.append(("of the encoder's bare speed", f"{report['encoder']['share_of_bare']:.2f}"))
     if report["store"]:
-        rows.append(("store", f"{report['store']['bytes_per_user']:.0f} bytes a user"))
+        a_user = report["store"]["bytes_per_user"]
+        rows.append(("store", "nobody added" if a_user is None else f"{a_user:.0f} bytes a user"))
     if report["fidelity"]:
         for key, label in FIDELITY.items():
             one, other = (report["fidelity"][name][key] for name in ("sampled", "noise_floor"))
@@ -140,6 +149,18 @@ def balance(counts: Sequence[float] | Sequence[int]) -> dict[str, float]:
         "entropy_share": bits / most if most else 1.0,
         "effective": 2**bits,
         "largest_share": float(shares.max()),
+    }
+
+
+def _store(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The store's size, and what it grew by for each user that this run put into it."""
+    if run["store_bytes"] is None:
+        return None
+    grown, added = run["store_bytes"] - (run["store_bytes_before"] or 0), run["users_added"]
+    return {
+        "bytes": run["store_bytes"],
+        "bytes_per_user": grown / added if added else None,
+        "kept_as_they_were": run["users_kept_as_they_were"],
     }
 
 
@@ -223,7 +244,7 @@ def _speed_section(report: Mapping[str, Any]) -> Section:
         notes.append(
             f"The largest population went on after a stop: its figures are of {whole['users_this_run']:,} users."
         )
-    if report["store"]:
+    if report["store"] and report["store"]["bytes_per_user"] is not None:
         notes.append(f"A user takes {report['store']['bytes_per_user']:,.0f} bytes in the store.")
     figure = crowd_charts.growth_chart(growth)
     return Section(

@@ -21,7 +21,7 @@ from mta_ray.pipeline.embed_users import item_texts
 from mta_ray.population.crowd.anchors import Anchors
 from mta_ray.population.crowd.parts import vectors_column
 from mta_ray.population.crowd.vectors import EmbeddingModel
-from mta_ray.population.people import WorldConfig, simulate_user
+from mta_ray.population.people import WorldConfig, simulate_user, user_name
 from mta_ray.similarity.embedding import Encoder
 from mta_ray.similarity.neighbours import nearest
 
@@ -71,7 +71,7 @@ def encode_sample(
         replace_file(file, lambda path: pq.write_table(table, path))
     table = pq.read_table(file)
     return Sample(
-        user_ids=[f"sim-{world.seed}-{number}" for number in table["number"].to_pylist()],
+        user_ids=[user_name(world.seed, number) for number in table["number"].to_pylist()],
         means=np.array(table["mean"].to_pylist(), dtype=np.float32),
         items=table["items"].to_numpy(),
         histories=[tuple(HistoryItem(**item) for item in history) for history in table["history"].to_pylist()],

@@ -13,11 +13,12 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,14 +39,16 @@ from mta_ray.population.crowd.bare import bare_users_per_s
 from mta_ray.population.crowd.parts import HASH, PROGRESS, SUMMARY, CrowdPlan, run_parts
 from mta_ray.population.crowd.quality import quality_by_cosine
 from mta_ray.population.crowd.vectors import fit_model, load_model
-from mta_ray.population.people import WorldConfig
+from mta_ray.population.people import WorldConfig, user_name
 from mta_ray.serving.database import DatabaseConfig, open_database
-from mta_ray.serving.user_store import UserStore
+from mta_ray.serving.identity import UserId
+from mta_ray.serving.user_store import UnknownUser, UserStore
 from mta_ray.similarity.embedding import EMBEDDED
 
 log = logging.getLogger(__name__)
 KIND = "population"
 PART_USERS = {"sampled": 5000, "encoded": 250}
+HELD_OUT_MIN = 20
 PART_USERS_MAX = 50_000
 """A block stays far below the size at which Ray Data cuts it (128 MiB)."""
 
@@ -107,6 +110,10 @@ class SimulatePopulationConfig:
         for name, count in (least | {"fitted_on": 20, "workers": 1}).items():
             if getattr(self, name) < count:
                 raise ValueError(f"{name} must be at least {count}, got {getattr(self, name)}")
+        if 0 < self.held_out < HELD_OUT_MIN:
+            raise ValueError(
+                f"held_out is {self.held_out}: fidelity takes at least {HELD_OUT_MIN}, or 0 to leave it out"
+            )
         if self.users > crowd_sample.FIRST:
             raise ValueError(f"users must be at most {crowd_sample.FIRST:,}, got {self.users:,}")
         if self.part_users is not None and not 1 <= self.part_users <= PART_USERS_MAX:
@@ -119,7 +126,7 @@ class SimulatePopulationConfig:
             raise ValueError(
                 "grow_from fills a store of its own for each size, which only SQLite files can be; leave it out"
             )
-        if self.store is not None and urlsplit(self.store).password is not None:
+        if self.store is not None and _has_password(self.store):
             raise ValueError("store holds a password, which would be written down; leave it to PGPASSWORD or ~/.pgpass")
         if (self.report is None) != (self.evaluated is None):
             raise ValueError("report and evaluated belong together: give both, or neither")
@@ -139,7 +146,7 @@ def simulate_population(config: SimulatePopulationConfig) -> str:
     inputs = {name: open_artifact(getattr(config, name), kind=kinds[name], verify=False).hash for name in named}
     settings = {k: v for k, v in jsonable(config).items() if k not in ("out", "force", "cluster", "workers", *kinds)}
     is_there = is_current(config.out, kind=KIND, settings=settings, inputs=inputs)
-    if not config.force and is_there and _stored(config) >= config.users:
+    if not config.force and is_there and _is_stored(config):
         log.info("population: %s is current, nothing to do", config.out)
         return config.out
 
@@ -167,7 +174,6 @@ def simulate_population(config: SimulatePopulationConfig) -> str:
             fidelity=crowd.fidelity,
             bare_users_per_s=run.bare_users_per_s,
             workers=config.workers,
-            store_bytes=_store_bytes(config.store),
         )
         if config.report is not None and config.evaluated is not None:
             report["quality"] = quality_by_cosine(
@@ -242,7 +248,7 @@ def _prepare(config: SimulatePopulationConfig, work: Path, board: ActorHandle) -
         fit_model(sample.means[fitted], sample.items[fitted], encoded_items=config.max_items).save(file)
     model = load_model(file)
     fidelity = None
-    if config.held_out >= 20:
+    if config.held_out:
         fidelity = crowd_sample.fidelity(model, sample.means[config.fitted_on :], anchors, seed=config.world.seed)
     return _Crowd(anchors=anchors, model=model, texts=sample.histories[fitted], fidelity=fidelity)
 
@@ -260,6 +266,7 @@ def _run(
     finished = folder / "finished.json"
     if is_growth and not finished.exists():
         _clear(folder)
+    before_bytes = _store_bytes(store) if store is not None and _is_there(store) else 0
     if store is not None:
         with closing(open_database(DatabaseConfig(url=store))) as database:
             retired = publish_anchors(database, anchors, tenant=config.tenant, path=config.bank or config.out)
@@ -270,12 +277,16 @@ def _run(
         if facts["hash"] == plan.hash:
             _clear(folder)
             return _Run(plan=plan, facts=facts, bare_users_per_s=None)
+        finished.unlink()
+        return _run(config, crowd, users, work, board, is_growth=True)
 
     # 1. what is there already: of a small population nothing, or its time would be that of a rest;
     # marks of parts whose users the store has lost count for nothing
-    done = [part for part in range(plan.parts) if _is_done(plan, part)]
-    if is_growth or (store is not None and done and _count(store, config.tenant) < sum(map(plan.rows, done))):
-        done = []
+    done = [] if is_growth else [part for part in range(plan.parts) if _is_done(plan, part)]
+    if store is not None and done:
+        lasts = [part * plan.part_users + plan.rows(part) - 1 for part in done]
+        kept = _are_stored(store, config.tenant, config.world.seed, lasts)
+        done = [part for part, is_kept in zip(done, kept, strict=True) if is_kept]
     missing = sorted(set(range(plan.parts)) - set(done))
     if done:
         log.info("population: %d of %d parts are there", len(done), plan.parts)
@@ -297,7 +308,14 @@ def _run(
         seconds=time.perf_counter() - began_s,
         memory=memory,
         store_bytes=_store_bytes(store),
+        store_bytes_before=before_bytes,
     ) | {"hash": plan.hash}
+    if others := sum(json.loads(_metadata(plan.file(part))[SUMMARY])["others"] for part in missing):
+        log.warning(
+            "population: %d of %d users were in the store already with another route or history, and stay as they were "
+            "there: its users are not those of the files; take another store or --tenant for each population",
+            *(others, users),
+        )
     if is_growth:
         finished.write_text(json.dumps(facts))
         _clear(folder)
@@ -356,16 +374,39 @@ def _metadata(file: Path) -> dict[bytes, bytes]:
     return pq.read_metadata(file).metadata or {}
 
 
-def _stored(config: SimulatePopulationConfig) -> int:
-    """Users in the store; as many as wanted where none is filled."""
-    return config.users if config.store is None else _count(config.store, config.tenant)
+def _is_stored(config: SimulatePopulationConfig) -> bool:
+    """Whether the store has this population; a user of every part's end is looked up, not all of them."""
+    if config.store is None:
+        return True
+    size = config.part_users or PART_USERS[config.embeddings]
+    lasts = [min(first + size, config.users) - 1 for first in range(0, config.users, size)]
+    return all(_are_stored(config.store, config.tenant, config.world.seed, lasts))
 
 
-def _count(store: str, tenant: str) -> int:
-    if "://" not in store and not Path(store).exists():
-        return 0
+def _are_stored(store: str, tenant: str, seed: int, numbers: Sequence[int]) -> list[bool]:
+    """Of users of a world by their numbers, whether they are in the store."""
+    if not _is_there(store):
+        return [False] * len(numbers)
     with closing(open_database(DatabaseConfig(url=store))) as database:
-        return UserStore(database).counts(tenant).users
+        users = UserStore(database)
+        return [_is_known(users, UserId(tenant=tenant, id=user_name(seed, number))) for number in numbers]
+
+
+def _is_known(users: UserStore, user: UserId) -> bool:
+    try:
+        users.read(user)
+    except UnknownUser:
+        return False
+    return True
+
+
+def _is_there(store: str) -> bool:
+    return "://" in store or Path(store).exists()
+
+
+def _has_password(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.password is not None or "password" in parse_qs(parts.query)
 
 
 def _store_bytes(store: str | None) -> int | None:

@@ -53,9 +53,12 @@ class AnswerBook:
     def expected(self, user: int, anchors: Anchors) -> Expected:
         """The answer that this user gets with these anchors, and with their own stack if there is one."""
         whose = user if user in self.stacks else None
-        key = anchors, whose, user % len(self._prompts)
+        return self._said(anchors, whose, user % len(self._prompts))
+
+    def _said(self, anchors: Anchors, whose: int | None, prompt: int) -> Expected:
+        key = anchors, whose, prompt
         if key not in self._known:
-            self._known[key] = self._compute(self.adapter(user, anchors), self._prompts[key[2]])
+            self._known[key] = self._compute(self._adapter(anchors, whose), self._prompts[prompt])
         return self._known[key]
 
     def agrees(self, text: str, expected: Expected, tokens: int) -> bool | None:
@@ -76,16 +79,18 @@ class AnswerBook:
         self.stacks[user] = own
         self._known = {key: expected for key, expected in self._known.items() if key[1] != user}
 
-    def is_anothers(self, text: str, tokens: int) -> bool:
-        """Whether that is what somebody in the book must be told."""
+    def is_anothers(self, text: str, tokens: int, user: int) -> bool:
+        """Whether that is what somebody in the book must be told, or would be if they asked what this user asks."""
+        for anchors, whose in {(anchors, whose) for anchors, whose, _ in self._known}:
+            self._said(anchors, whose, user % len(self._prompts))
         return any(text == self.text(expected, tokens) for expected in self._known.values())
 
-    def adapter(self, user: int, anchors: Anchors) -> Adapter:
-        """All that makes the user's model, as one adapter."""
+    def _adapter(self, anchors: Anchors, whose: int | None) -> Adapter:
+        """All that makes a user's model, as one adapter."""
         slots = [slot for slot, _ in anchors] or range(len(self._bank))
         weights = [weight for _, weight in anchors] or [1 / len(self._bank)] * len(self._bank)
         fused = fuse([self._bank.adapter(slot) for slot in slots], weights)
-        return stack(fused, self.stacks[user]) if user in self.stacks else fused
+        return fused if whose is None else stack(fused, self.stacks[whose])
 
     def _compute(self, adapter: Adapter, prompt: str) -> Expected:
         backbone = self.backbone
@@ -163,7 +168,9 @@ def judge(rows: Sequence[Row], book: AnswerBook | None) -> list[str]:
 
     # only now does the book know what everybody else must be told
     for place, row in enumerate(rows):
-        if book is not None and verdicts[place] == "wrong" and book.is_anothers(row.text.strip(), row.most_tokens):
+        if book is None or verdicts[place] != "wrong":
+            continue
+        if book.is_anothers(row.text.strip(), row.most_tokens, row.user):
             verdicts[place] = "wrong_user"
     return verdicts
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mta_ray.population.load.rows import Row
 from mta_ray.population.load.service import Sample
@@ -120,14 +118,13 @@ def _figures(rows: pd.DataFrame, everything: pd.DataFrame, from_s: float, to_s: 
     verdicts = rows.verdict.value_counts()
     seconds = max(to_s - from_s, 1e-9)
     is_answered = everything.status.between(200, 299)
+    is_over = everything.ended_s.between(from_s, to_s, inclusive="left")
     gaps = asks.gaps_ms.explode().dropna().astype(float)
     return {
         "requests": len(rows),
         "offered_per_s": float(everything.at_s.between(from_s, to_s, inclusive="left").sum() / seconds),
-        "answered_per_s": float(
-            (everything.ended_s.between(from_s, to_s, inclusive="left") & is_answered).sum() / seconds
-        ),
-        "tokens_per_s": float(asks.tokens.sum() / seconds),
+        "answered_per_s": float((is_over & is_answered).sum() / seconds),
+        "tokens_per_s": float(everything.tokens[is_over & is_answered].sum() / seconds),
         "ttft_ms": _percentiles(asks.ttft_ms),
         "token_ms": _percentiles(gaps),
         "total_ms": _percentiles(asks.total_ms),
@@ -206,37 +203,3 @@ def _not_seen(samples: Sequence[Sample], is_checked: bool) -> list[str]:
     if not any(sample.metrics for sample in samples):
         notes.append("The service's own figures (stack cache, batch) were not seen: no metrics page was reached.")
     return notes
-
-
-# ---- for the capacity planner
-
-
-def planner_view(requests: str | Path) -> dict[str, Any]:
-    """Of a run's requests.parquet: every question as it arrived, and latency at each level of load.
-
-    `arrivals`: at_s, kind, prompt_tokens, output_tokens, one of each a question. `levels`: of each phase but the
-    warm-up its questions per second and p50 and p99 of total time and time to first token, in milliseconds.
-    """
-    rows = pq.read_table(requests).to_pandas()
-    asks = rows[(rows.kind == "ask")]
-    levels = []
-    for phase in PHASES[1:]:
-        these = asks[asks.phase == phase]
-        answered = these[these.status.between(200, 299)]
-        span_s = float(these.at_s.max() - these.at_s.min()) if len(these) > 1 else 0.0
-        levels.append(
-            {
-                "phase": phase,
-                "requests": len(these),
-                "asks_per_s": (len(these) - 1) / span_s if span_s else None,
-                "total_ms": _percentiles(answered.total_ms),
-                "ttft_ms": _percentiles(answered.ttft_ms),
-            }
-        )
-    arrivals = {
-        "at_s": asks.at_s.tolist(),
-        "kind": ["stream" if is_stream else "whole" for is_stream in asks.is_stream],
-        "prompt_tokens": asks.prompt_tokens.tolist(),
-        "output_tokens": asks.tokens.tolist(),
-    }
-    return {"arrivals": arrivals, "levels": levels}

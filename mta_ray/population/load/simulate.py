@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ from mta_ray.population.load.service import OwnServiceConfig, Sample, Sampler, m
 from mta_ray.population.load.traffic import TrafficConfig, expected_sessions
 
 log = logging.getLogger(__name__)
-KIND = "simulation"
+KIND = "load"
 PROMPTS = (
     "description: a lonely robot finds a friend tag:",
     "description: two old sweethearts meet again at sea, against all odds, and read the letters they never sent tag:",
@@ -84,6 +85,8 @@ class SimulateLoadConfig:
             raise ValueError(f"url is {self.url!r}, wanted one such as http://127.0.0.1:8000")
         if self.url is not None and "@" in self.url:
             raise ValueError("url holds a name or password, and is written down; put a key into the api_key_variable")
+        if self.metrics_url is not None and "@" in self.metrics_url:
+            raise ValueError("metrics_url holds a name or password, and is written down; give one without")
         if (self.base is None) != (self.bank is None) or (self.serve and self.base is not None):
             raise ValueError("base and bank go together, and with --url; --serve has its own")
         if not 1 <= self.marked <= self.traffic.users:
@@ -109,6 +112,9 @@ class LoadRun:
 
 def simulate_load(config: SimulateLoadConfig) -> str:
     """Run the load and publish report.html, report.json, requests.parquet and samples.parquet."""
+    if importlib.util.find_spec("locust") is None:
+        raise ValueError("the load run needs locust, which is not installed: pip install 'mta-ray[load]'")
+
     # 1. is there anything to do
     paths = ("out",) if config.base is None else ("out", "base", "bank")
     config = located(config, *paths)
@@ -242,11 +248,12 @@ def _leave(http: httpx.Client, settings: RunSettings, rows: list[Row]) -> None:
     """Delete the run's users at an endpoint that lives on."""
     users = sorted({*range(settings.known), *(row.user for row in rows)})
     left = 0
-    for user in users:
+    for place, user in enumerate(users):
         try:
             left += http.delete(f"/v1/users/{settings.prefix}{user}").status_code not in (200, 404)
-        except httpx.HTTPError:
-            left += 1
+        except httpx.HTTPError:  # nobody answers: to ask for each of the others would take a timeout each
+            left += len(users) - place
+            break
     if left:
         log.warning(
             "load: %d of the run's users could not be deleted; their names begin with %s", left, settings.prefix
