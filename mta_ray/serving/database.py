@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,10 @@ def _url(text: str) -> sa.URL:
 def _open_sqlite(url: sa.URL, config: DatabaseConfig) -> sa.Engine:
     file = Path(str(url.database))
     file.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # the log and its index take over these rights
+    # The log and its index take over these rights. A file that is there is never opened beside SQLite: closing it would
+    # give up SQLite's locks on it for all connections of this process, and another process would delete the log.
+    with suppress(FileExistsError):
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
     engine = sa.create_engine(
         url,

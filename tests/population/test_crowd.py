@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,10 @@ def test_a_run_that_stopped_goes_on_to_the_same_end(
     simulate_population(config)  # is current
     assert again == []
     lost = f"sim-{config.world.seed}-{USERS - 1}"
-    with sqlite3.connect(tmp_path / "store.db") as connection:  # as many users as ever, but one is another's
+    with (
+        closing(sqlite3.connect(tmp_path / "store.db")) as connection,
+        connection,
+    ):  # as many users as ever, but one is another's
         for table in ("histories", "citations"):
             connection.execute(f"DELETE FROM {table} WHERE user_id = ?", (lost,))
         connection.execute("UPDATE users SET user_id = 'stranger' WHERE user_id = ?", (lost,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,3 +120,26 @@ def test_other_urls_are_refused_without_telling_a_password(url: str) -> None:
 def test_settings_that_make_no_pool_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="wanted at least 1"):
         DatabaseConfig(**wrong)
+
+
+TAKE_THE_LOG_AWAY = """
+import sqlite3, sys
+try:
+    print(sqlite3.connect(sys.argv[1], timeout=0).execute("PRAGMA journal_mode = DELETE").fetchone()[0])
+except sqlite3.OperationalError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_is_opened_again_keeps_the_locks_of_its_first_connection(tmp_path: Path) -> None:
+    """Closing any descriptor of a file gives up all of a process's locks on it; another process would drop the log."""
+    file = tmp_path / "users.db"
+    first = open_database(DatabaseConfig(url=str(file)))
+    with first.reading() as connection:
+        connection.execute(sa.text("SELECT generation FROM bank_state")).scalar()
+    open_database(DatabaseConfig(url=str(file))).close()
+    command = [sys.executable, "-c", TAKE_THE_LOG_AWAY, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "database is locked"
+    first.close()
+    assert file.stat().st_mode & 0o777 == 0o600
