@@ -55,6 +55,8 @@ class BankKillConfig:
     """Adapters that each of the two groups trains at once."""
     steps: int = 400
     examples_per_step: int = 2
+    learning_rate: float = 1e-4
+    """Small: once an adapter knows its few examples by heart its gradients are rounding, which AdamW makes steps of."""
     checkpoint_every_s: float = 3.0
     wait_s: float = 3.0
     """At most so long a killer waits once both groups train."""
@@ -324,6 +326,7 @@ def _command(config: BankKillConfig, world: Path, out: Path) -> list[str]:
         "max-failures": 50,
         "train.steps": config.steps,
         "train.examples-per-step": config.examples_per_step,
+        "train.learning-rate": config.learning_rate,
         "split.test-share": 0.1,
         "group.cpus-per-worker": 1,
         "cluster.cpus": 2,

@@ -63,8 +63,9 @@ def choose_tokens(
 
 def _draw(logits: Tensor, rows: Sequence[Sampling], uniforms: Sequence[float], cuts: bool) -> Tensor:
     column = {"dtype": torch.float32, "device": logits.device}
-    temperature = torch.tensor([[row.temperature] for row in rows], **column)  # type: ignore[arg-type]
-    # The largest logit is taken off first, so that a tiny temperature cannot overflow.
+    # The largest logit is taken off first, so that a tiny temperature cannot overflow; one that float32 would round to
+    # 0 is as good as this.
+    temperature = torch.tensor([[max(row.temperature, 1e-30)] for row in rows], **column)  # type: ignore[arg-type]
     shares = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     order: Tensor | None = None
     if cuts:

@@ -70,7 +70,7 @@ class Banks:
         self.database = database
 
     def publish(self, bank: NewBank) -> None:
-        """Make a bank known. The same one again changes nothing; another one under its version is a ValueError.
+        """Make a bank known, or the place that it has moved to. Another one under its version is a ValueError.
 
         An anchor that was deleted or retired since the bank was built is out of service from the start.
         """
@@ -80,11 +80,14 @@ class Banks:
             row = {f: getattr(bank, f) for f in ("version", "path", "hash", "base_fingerprint", "encoder")}
             row |= {"needs_rebuild": False, "published_at_s": self.database.clock()}
             if not self.database.insert_missing(connection, banks, row):
-                known = connection.execute(sa.select(banks.c.hash).where(banks.c.version == bank.version)).scalar_one()
-                if known != bank.hash:
+                one = banks.c.version == bank.version
+                known = connection.execute(sa.select(banks.c.hash, banks.c.path).where(one)).one()
+                if known.hash != bank.hash:
                     raise ValueError(
                         f"bank version {bank.version} is published already, with other content; take another"
                     )
+                if known.path != bank.path:  # it has moved
+                    connection.execute(sa.update(banks).where(one).values(path=bank.path))
                 return
 
             keys = self._keys(connection, bank.anchors)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import count
 from urllib.parse import unquote_to_bytes
 
+import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
@@ -129,7 +130,10 @@ class Ingress:
 
     async def check_health(self) -> None:
         """Called by Ray Serve: users who wait for a stack after a restart are not forgotten."""
-        await self._train_if_asked()
+        try:
+            await self._train_if_asked()
+        except sa.exc.SQLAlchemyError as error:  # a new ingress would not reach the database either
+            log.warning("the database does not answer: %s", type(error).__name__)
 
     # ---- OpenAI's
 

@@ -172,6 +172,7 @@ def _adopt(config: ServeConfig, database: Database, fingerprint: str) -> None:
         banks.publish(new)
         banks.activate(new.version)
         return
+    banks.publish(replace(new, version=known[new.hash]))  # it may have moved since
     active = banks.state().active_version
     if active != known[new.hash]:
         log.info("bank %s stays in force; `mta bank publish --bank %s` changes it", active, shlex.quote(config.bank))

@@ -165,9 +165,10 @@ class Personaliser:
 
     def _sum(self, items: Sequence[HistoryItem], task: str) -> ItemSum:
         texts = [" ".join(_rendered(item, task).split()[: self.words]) for item in items]
+        encoder = self.encoder  # another one may take its place meanwhile
         with self._encoding:
-            mean = self.encoder.embed_users([texts])[0]
-        return ItemSum(total=mean * np.float32(len(items)), items=len(items), encoder=self.encoder.source)
+            mean = encoder.embed_users([texts])[0]
+        return ItemSum(total=mean * np.float32(len(items)), items=len(items), encoder=encoder.source)
 
 
 def open_personaliser(

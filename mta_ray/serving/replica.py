@@ -12,9 +12,11 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+import sqlalchemy as sa
 import torch
 from ray import serve
 
@@ -109,7 +111,9 @@ class Replica:
         self._is_open.set()
         self._change: asyncio.Task[None] | None = None
         self._not_taken: tuple[str, float] = ("", 0.0)  # a bank that could not be loaded, and when to try again
-        self._rest: asyncio.Task[int] | None = None
+        # Long work has threads of its own: the others are for questions, which must not stand in line behind it.
+        self._encoding = ThreadPoolExecutor(1, "encode")
+        self._rerouting = ThreadPoolExecutor(1, "reroute")
 
     # ---- what the ingress calls
 
@@ -171,7 +175,7 @@ class Replica:
             return self.personaliser.model_of(new.user).state or state
 
         try:
-            yield Stored(state=await asyncio.to_thread(write))
+            yield Stored(state=await asyncio.get_running_loop().run_in_executor(self._encoding, write))
         except Conflict as error:
             yield Refused(status=409, message=str(error), code="conflict")
         except HistoryTooLong as error:
@@ -216,12 +220,19 @@ class Replica:
         await self._noticed(await asyncio.to_thread(self.personaliser.follow))
         for slot in self._run.table.forget(user.tenant, user.id):
             _wipe(self._run, STACKS, slot)
+        self._run.unfit = {key for key in self._run.unfit if (key.tenant, key.user) != (user.tenant, user.id)}
 
     async def reroute(self, anchor: UserId) -> int:
         """New routes for users who cite a retired anchor: a first page at once, the rest behind the answer."""
         done = await asyncio.to_thread(self.personaliser.reroute, anchor, pages=1)
-        self._rest = asyncio.create_task(asyncio.to_thread(self.personaliser.reroute, anchor))
+        self._rerouting.submit(self._reroute_rest, anchor)
         return done
+
+    def _reroute_rest(self, anchor: UserId) -> None:
+        try:
+            self.personaliser.reroute(anchor)
+        except Exception:  # nobody waits for it; whoever was not reached is routed anew by the next question
+            log.exception("not all users who cite a retired anchor were routed anew")
 
     async def bank_version(self) -> str:
         """The bank that is served; answers only where the model is ready to."""
@@ -243,8 +254,13 @@ class Replica:
             raise RuntimeError("the engine's thread has ended")
         if self._change is not None and self._change.done() and self._change.exception() is not None:
             raise RuntimeError("the bank could not be changed") from self._change.exception()
-        await self._noticed(await asyncio.to_thread(self.personaliser.follow))
-        for key in await asyncio.to_thread(self._outdated, run.table.keys()):
+        try:
+            await self._noticed(await asyncio.to_thread(self.personaliser.follow))
+            outdated = await asyncio.to_thread(self._outdated, run.table.keys())
+        except sa.exc.SQLAlchemyError as error:  # a new replica would not reach the database either
+            log.warning("the database does not answer: %s", type(error).__name__)
+            return
+        for key in outdated:
             for slot in run.table.forget(key.tenant, key.user):
                 _wipe(run, STACKS, slot)
         self.meters.observe(run.engine.stats())

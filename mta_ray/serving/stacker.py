@@ -146,10 +146,14 @@ class Stacker:
         other = self.personaliser.follow()
         if other is None:
             return
-        served: ServedBank = load_served(other, base_fingerprint=self._fingerprint, fusion=self.args.fusion)
-        encoder = self.personaliser.encoder
-        if encoder.source != served.bank.encoder:
-            encoder = Encoder(served.bank.encoder, device=self.args.device)
+        try:
+            served: ServedBank = load_served(other, base_fingerprint=self._fingerprint, fusion=self.args.fusion)
+            encoder = self.personaliser.encoder
+            if encoder.source != served.bank.encoder:
+                encoder = Encoder(served.bank.encoder, device=self.args.device)
+        except (OSError, ValueError) as error:
+            log.error("bank %s is not taken, stacks are trained over the old one: %s", other.bank.version, error)
+            return
         served.bank.load_into(self.routed.layers, BANK)
         self.personaliser.take(served, encoder)
         self.personaliser.follow()

@@ -291,8 +291,10 @@ class UserStore:
         with self.database.writing() as connection:
             # 1. the row, ours until the end
             now_s = self.database.clock()
-            self.database.insert_missing(connection, users, {**_key(user), **_EMPTY, "task": task, **_made(now_s)})
-            row = connection.execute(sa.select(users).where(_is(users, user)).with_for_update()).one()
+            row = None
+            while row is None:  # PostgreSQL's insert that finds a row does not hold it: a deletion may be faster
+                self.database.insert_missing(connection, users, {**_key(user), **_EMPTY, "task": task, **_made(now_s)})
+                row = connection.execute(sa.select(users).where(_is(users, user)).with_for_update()).first()
             if expected_version is not None and expected_version != row.version:
                 raise Conflict(f"the history has version {row.version}, expected {expected_version}; read it again")
 

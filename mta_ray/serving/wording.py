@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from jinja2 import TemplateError
+
 from mta_ray.lamp.prompts import query_example
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import HistoryItem, Query, User
@@ -54,7 +56,13 @@ class Prompts:
         """
         if self.chat == "chat":
             messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-            text = self.backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            try:
+                text = self.backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except TemplateError as error:  # many templates want roles to take turns, or know no role system
+                said = error.message or "roles must take turns"
+                raise BadRequest(
+                    f"the model's chat template refuses these messages: {said}", param="messages"
+                ) from None
             ids = self.backbone.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return self._fitting(list(ids), max_new_tokens, "messages")
         question = next((turn.text for turn in reversed(turns) if turn.role == "user"), None)

@@ -63,9 +63,12 @@ def test_rows_that_are_not_finite_are_told_apart():
     assert [choice.is_finite for choice in got] == [True, False, False, False]
 
 
-def test_a_tiny_temperature_is_greedy():
-    logits = torch.tensor([[1000.0, 999.0, -1000.0]])
-    assert choose_tokens(logits, [Sampling(temperature=1e-6)], [0.999])[0].token == 0
+@pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-300])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_tiny_temperature_is_greedy(temperature, top_p):
+    logits = torch.tensor([[999.0, -1000.0, 1000.0, 998.0]])
+    for uniform in (0.0, 0.999):
+        assert choose_tokens(logits, [Sampling(temperature=temperature, top_p=top_p)], [uniform])[0].token == 2
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"logprobs": 99}])

@@ -34,11 +34,13 @@ def test_a_published_bank_is_read_with_its_anchors_in_slot_order(banks: Banks) -
     assert banks.state() == BankState(active_version="b1", generation=2)
 
 
-def test_publishing_again_changes_nothing_and_other_content_is_refused(banks: Banks) -> None:
+def test_publishing_again_changes_the_place_at_most_and_other_content_is_refused(banks: Banks) -> None:
     banks.publish(BANK)
     state = banks.state()
     banks.publish(BANK)
     assert banks.state() == state
+    banks.publish(replace(BANK, path="/moved"))
+    assert banks.get("b1").bank == replace(BANK, path="/moved") and banks.versions() == ["b1"]
     with pytest.raises(ValueError, match="other content"):
         banks.publish(replace(BANK, hash="h2"))
     for wrong in ((), (ONE, ONE)):
