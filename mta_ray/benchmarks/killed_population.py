@@ -2,9 +2,9 @@
 
     python -m mta_ray.benchmarks.killed_population --json FILE
 
-One command, `mta simulate population` with a user store. After a random time it is killed (`kill -9`) with every
-process of its cluster, as when the machine goes down, and given again, until it has had its kills and comes to its end.
-Store and Parquet files are then compared with those of a run that was left in peace.
+One command, `mta simulate population` with a user store. At random moments between its first part and its last it is
+killed (`kill -9`) with every process of its cluster, as when the machine goes down, and given again, until it has had
+its kills and comes to its end. Store and Parquet files are then compared with those of a run that was left in peace.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ import pyarrow.parquet as pq
 log = logging.getLogger(__name__)
 TIMES = ("version", "valid_from", "route_version", "created_at_s", "updated_at_s", "published_at_s")
 """Columns of the store that say when something was written."""
+LOOK_S = 0.05
+MOMENT_S = 1.0
+"""At most so long after a part's file a kill comes: in another part's store, or between the two."""
 TABLES = ("users", "histories", "citations", "anchors", "bank_anchors")
 
 
@@ -59,32 +62,33 @@ def kill_population(config: PopulationKillConfig) -> dict[str, Any]:
         # 1. undisturbed
         began_s = time.monotonic()
         if not _run_for(config, home / "whole", None):
-            raise RuntimeError("the undisturbed run did not end")
+            raise RuntimeError(f"the undisturbed run did not end in {config.limit_s:.0f} s")
         whole_s = time.monotonic() - began_s
         log.info("undisturbed: %.0f s", whole_s)
 
-        # 2. the same with deaths, at any moment from the first import on; with what was kept each run is shorter
+        # 2. the same with deaths: each once so many parts are there, and a moment later
         draw = random.Random(config.seed)
-        killed_at_s: list[float] = []
+        whole_parts = -(-config.users // config.part_users)
+        targets = sorted(draw.sample(range(1, whole_parts), config.kills))
         parts: list[int] = []
         began_s = time.monotonic()
-        is_done = False
-        while not is_done:
-            if time.monotonic() - began_s > config.limit_s:
-                raise RuntimeError(f"the job has not ended in {config.limit_s:.0f} s")
-            at_s = draw.uniform(0, whole_s / 2) if len(killed_at_s) < config.kills else None
-            is_done = _run_for(config, home / "killed", at_s)
-            if not is_done and at_s is not None:
-                killed_at_s.append(at_s)
-                parts.append(len(list((home / "killed").glob("population.parts/*/part-*.parquet"))))
-                log.info("killed after %.1f s (%d); %d parts are there", at_s, len(killed_at_s), parts[-1])
+        for drawn in targets:
+            target = max(drawn, _parts_there(home / "killed") + 1)
+            if _run_for(config, home / "killed", target, draw.uniform(0, MOMENT_S)):
+                break
+            parts.append(_parts_there(home / "killed"))
+            log.info("killed (%d); %d of %d parts are there", len(parts), parts[-1], whole_parts)
+        else:
+            if not _run_for(config, home / "killed", None):
+                raise RuntimeError(f"the job has not ended in {config.limit_s:.0f} s: {_last_lines(home / 'killed')}")
+        killed_s = time.monotonic() - began_s
 
         # 3. what came of it
         whole, killed = _rows(home / "whole" / "store.db"), _rows(home / "killed" / "store.db")
         ours, theirs = _parts(home / "killed" / "population"), _parts(home / "whole" / "population")
         numbers = ours["number"].to_pylist()
         return {
-            "kills": len(killed_at_s),
+            "kills": len(parts),
             "users_missing": len(set(range(config.users)) - set(numbers)),
             "users_twice": len(numbers) - len(set(numbers)),
             "rows_that_differ": sum(len(set(whole[table]) ^ set(killed[table])) for table in TABLES)
@@ -92,7 +96,7 @@ def kill_population(config: PopulationKillConfig) -> dict[str, Any]:
             "files_equal": ours.equals(theirs),
             "population_kills": {
                 "undisturbed_s": whole_s,
-                "killed_at_s": killed_at_s,
+                "killed_s": killed_s,
                 "parts_there": parts,
                 "rows": {table: len(rows) for table, rows in killed.items()},
                 "config": asdict(config),
@@ -100,8 +104,8 @@ def kill_population(config: PopulationKillConfig) -> dict[str, Any]:
         }
 
 
-def _run_for(config: PopulationKillConfig, folder: Path, seconds: float | None) -> bool:
-    """Whether the command came to its end within that time; else it and its cluster are killed."""
+def _run_for(config: PopulationKillConfig, folder: Path, parts: int | None, wait_s: float = 0.0) -> bool:
+    """Whether the command came to its end; else it and its cluster are killed, `wait_s` after that many parts."""
     settings = {
         "users": config.users,
         "part-users": config.part_users,
@@ -121,15 +125,28 @@ def _run_for(config: PopulationKillConfig, folder: Path, seconds: float | None) 
             stderr=told,
             start_new_session=True,
         )
+        until_s = time.monotonic() + config.limit_s
         try:
-            code = command.wait(seconds if seconds is not None else config.limit_s)
-        except subprocess.TimeoutExpired:
-            return False
+            while command.poll() is None:
+                if time.monotonic() > until_s:
+                    return False
+                if parts is not None and _parts_there(folder) >= parts:
+                    time.sleep(wait_s)
+                    return False
+                time.sleep(LOOK_S)
         finally:
             _kill_session(command)
-    if code:
-        raise RuntimeError(f"the command ended with {code}: {(folder / 'log').read_text()[-2000:]}")
+    if command.returncode:
+        raise RuntimeError(f"the command ended with {command.returncode}: {_last_lines(folder)}")
     return True
+
+
+def _parts_there(folder: Path) -> int:
+    return len(list(folder.glob("population.parts/*/part-*.parquet")))
+
+
+def _last_lines(folder: Path) -> str:
+    return (folder / "log").read_text()[-2000:]
 
 
 def _kill_session(command: subprocess.Popen[bytes]) -> None:
