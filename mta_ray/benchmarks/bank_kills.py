@@ -9,7 +9,6 @@ of it is compared with one that was left in peace.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -29,6 +28,8 @@ from typing import Any
 import psutil
 
 from mta_ray.artifacts import MANIFEST
+from mta_ray.benchmarks.command import settings_from_words, show
+from mta_ray.benchmarks.session import members
 from mta_ray.benchmarks.small_world import USERS_PER_ANCHOR, make_world
 from mta_ray.lora.bank import Bank, load_bank
 
@@ -268,14 +269,8 @@ def _victims(driver: int) -> _Victims:
 
 
 def _session(driver: int) -> list[psutil.Process]:
-    """The processes of the command's own session but for itself: its cluster, whose parents may be gone already."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            is_member = os.getsid(process.pid) == driver and process.pid != driver
-            if is_member and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+    """The processes of the command's cluster."""
+    return [process for process in members(driver) if process.pid != driver]
 
 
 def _title(process: psutil.Process) -> str:
@@ -337,20 +332,11 @@ def _command(config: BankKillConfig, world: Path, out: Path) -> list[str]:
 
 def main() -> int:
     """Print and write what became of the adapters; 1 where one was lost or trained again."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    for name, default in asdict(BankKillConfig()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
-    asked = vars(parser.parse_args())
-    file = asked.pop("json")
-    config = BankKillConfig(**asked)
+    config, file = settings_from_words(BankKillConfig, __doc__)
     with tempfile.TemporaryDirectory(prefix="mta-world-") as world:
         make_world(Path(world), users=USERS_PER_ANCHOR * config.anchors)
         figures = kill_benchmark(config, Path(world))
-    if file:
-        file.write_text(json.dumps(figures, indent=2))
-    for name, value in figures.items():
-        print(f"{name}: {value}")
+    show(figures, file)
     return 1 if figures["lost_after_kills"] or figures["retrained_after_kills"] else 0
 
 

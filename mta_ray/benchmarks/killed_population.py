@@ -9,30 +9,27 @@ its kills and comes to its end. Store and Parquet files are then compared with t
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import os
 import random
-import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from mta_ray.benchmarks.command import settings_from_words, show
+from mta_ray.benchmarks.session import LOOK_S, kill_all
 
 log = logging.getLogger(__name__)
 TIMES = ("version", "valid_from", "route_version", "created_at_s", "updated_at_s", "published_at_s")
 """Columns of the store that say when something was written."""
-LOOK_S = 0.05
 MOMENT_S = 1.0
 """At most so long after a part's file a kill comes: in another part's store, or between the two."""
 TABLES = ("users", "histories", "citations", "anchors", "bank_anchors")
@@ -48,7 +45,7 @@ class PopulationKillConfig:
     embeddings: str = "sampled"
     fitted_on: int = 100
     limit_s: float = 1200.0
-    """After so long the job is given up."""
+    """After so long a command is given up."""
     seed: int = 0
 
 
@@ -61,8 +58,7 @@ def kill_population(config: PopulationKillConfig) -> dict[str, Any]:
 
         # 1. undisturbed
         began_s = time.monotonic()
-        if not _run_for(config, home / "whole", None):
-            raise RuntimeError(f"the undisturbed run did not end in {config.limit_s:.0f} s")
+        _run_for(config, home / "whole", None)
         whole_s = time.monotonic() - began_s
         log.info("undisturbed: %.0f s", whole_s)
 
@@ -79,13 +75,12 @@ def kill_population(config: PopulationKillConfig) -> dict[str, Any]:
             parts.append(_parts_there(home / "killed"))
             log.info("killed (%d); %d of %d parts are there", len(parts), parts[-1], whole_parts)
         else:
-            if not _run_for(config, home / "killed", None):
-                raise RuntimeError(f"the job has not ended in {config.limit_s:.0f} s: {_last_lines(home / 'killed')}")
+            _run_for(config, home / "killed", None)
         killed_s = time.monotonic() - began_s
 
         # 3. what came of it
-        whole, killed = _rows(home / "whole" / "store.db"), _rows(home / "killed" / "store.db")
-        ours, theirs = _parts(home / "killed" / "population"), _parts(home / "whole" / "population")
+        whole, killed = stored_rows(home / "whole" / "store.db"), stored_rows(home / "killed" / "store.db")
+        ours, theirs = parts_table(home / "killed" / "population"), parts_table(home / "whole" / "population")
         numbers = ours["number"].to_pylist()
         return {
             "kills": len(parts),
@@ -129,13 +124,13 @@ def _run_for(config: PopulationKillConfig, folder: Path, parts: int | None, wait
         try:
             while command.poll() is None:
                 if time.monotonic() > until_s:
-                    return False
+                    raise RuntimeError(f"the command has not ended in {config.limit_s:.0f} s: {_last_lines(folder)}")
                 if parts is not None and _parts_there(folder) >= parts:
                     time.sleep(wait_s)
                     return False
                 time.sleep(LOOK_S)
         finally:
-            _kill_session(command)
+            kill_all(command)
     if command.returncode:
         raise RuntimeError(f"the command ended with {command.returncode}: {_last_lines(folder)}")
     return True
@@ -149,24 +144,7 @@ def _last_lines(folder: Path) -> str:
     return (folder / "log").read_text()[-2000:]
 
 
-def _kill_session(command: subprocess.Popen[bytes]) -> None:
-    """The command and its cluster, all processes of its session: first those that start others."""
-    while members := [process.pid for process in psutil.process_iter() if _is_of(process, command.pid)]:
-        for pid in members:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        command.poll()  # or it would be a zombie for ever
-        time.sleep(0.05)
-    command.wait()
-
-
-def _is_of(process: psutil.Process, session: int) -> bool:
-    with suppress(psutil.NoSuchProcess, ProcessLookupError):
-        return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def _rows(store: Path) -> dict[str, list[tuple[Any, ...]]]:
+def stored_rows(store: Path) -> dict[str, list[tuple[Any, ...]]]:
     """All that is in the store but times."""
     found = {}
     with closing(sqlite3.connect(store)) as connection:
@@ -177,24 +155,16 @@ def _rows(store: Path) -> dict[str, list[tuple[Any, ...]]]:
     return found
 
 
-def _parts(out: Path) -> pa.Table:
+def parts_table(out: Path) -> pa.Table:
+    """All parts of a population's artifact."""
     return pa.concat_tables(pq.read_table(file) for file in sorted(out.glob("part-*.parquet")))
 
 
 def main() -> int:
     """Print and write what became of the users; 1 where the end is another one, or came too soon."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    for name, default in asdict(PopulationKillConfig()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
-    asked = vars(parser.parse_args())
-    file = asked.pop("json")
-    config = PopulationKillConfig(**asked)
+    config, file = settings_from_words(PopulationKillConfig, __doc__)
     figures = kill_population(config)
-    if file:
-        file.write_text(json.dumps(figures, indent=2))
-    for name, value in figures.items():
-        print(f"{name}: {value}")
+    show(figures, file)
     is_equal = figures["files_equal"] and not figures["rows_that_differ"]
     is_whole = not figures["users_missing"] and not figures["users_twice"]
     return 0 if is_equal and is_whole and figures["kills"] == config.kills else 1

@@ -8,7 +8,6 @@ stream that broke off. Every answer is compared with plain generation by its own
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import logging
@@ -29,6 +28,7 @@ import numpy as np
 import ray
 from ray import serve
 
+from mta_ray.benchmarks.command import settings_from_words, show
 from mta_ray.benchmarks.marked_users import make_bank, make_base, mark_users, tiny_llama
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.model.backbone import EMBEDDED
@@ -281,18 +281,9 @@ def _report(
 
 def main() -> int:
     """Print and write what became of the requests; 1 where one was lost or wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    for name, default in asdict(KillConfig()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
-    asked = vars(parser.parse_args())
-    file = asked.pop("json")
-    result = kill_replicas(KillConfig(**asked))
-    if file:
-        file.write_text(json.dumps(result, indent=2))
-    for name, value in result.items():
-        if name not in ("each_kill", "config"):
-            print(f"{name:<24} {round(value, 1) if isinstance(value, float) else value}")
+    config, file = settings_from_words(KillConfig, __doc__)
+    result = kill_replicas(config)
+    show(result, file)
     return 1 if result["lost"] or result["wrong"] else 0
 
 

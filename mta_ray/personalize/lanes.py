@@ -268,8 +268,8 @@ class _Pack:
             if self.engine.is_whole and len(batches) > 1:  # backward at once, so that its activations can go
                 found = torch.autograd.grad(losses.pop(), self.trainable)
                 gradients = gradients or [torch.zeros_like(one) for one in found]
-                for sum_, one in zip(gradients, found, strict=True):
-                    sum_.add_(one)
+                for total, one in zip(gradients, found, strict=True):
+                    total.add_(one)
         # A loss with those gradients: every engine is given one loss a step.
         losses += [(p * gradient).sum() for p, gradient in zip(self.trainable, gradients, strict=False)]
         return sums, torch.stack(losses).sum()

@@ -35,7 +35,7 @@ from mta_ray.population.people import WorldConfig
 from mta_ray.population.synthesize import SimulateUsersConfig, simulate_users
 
 log = logging.getLogger(__name__)
-KIND = NAME = "drift"
+KIND = "drift"
 STALE, FRESH, REBUILT = "old route, old bank", "fresh route, old bank", "fresh route, bank rebuilt"
 LINES = {STALE: ORANGE, FRESH: BLUE, REBUILT: GREEN, BARE: GREY}
 
@@ -95,7 +95,7 @@ def simulate_drift(config: DriftConfig) -> str:
         "bank": open_artifact(config.bank, kind="bank", verify=False).hash,
     }
     left_out = ("users", "base", "bank", "out", "force", "cluster")
-    settings = {"simulation": NAME} | {k: v for k, v in jsonable(config).items() if k not in left_out}
+    settings = {k: v for k, v in jsonable(config).items() if k not in left_out}
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
         log.info("drift: %s is current, nothing to do", config.out)
         return config.out
@@ -110,7 +110,7 @@ def simulate_drift(config: DriftConfig) -> str:
         for week in config.weeks:
             rows += _look(config, made, week, before)
         report = {
-            "simulation": NAME,
+            "simulation": KIND,
             "task": base.wording.task.name,
             "metric": base.wording.task.primary_metric,
             "users": len(before),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mta_ray.artifacts import Artifact, located, open_artifact, publish
-from mta_ray.evaluation.sections import FIGURES, write_sections
+from mta_ray.evaluation.sections import FIGURES, Section, write_sections
 
 KIND = "joined"
 MODULES = {
@@ -42,18 +42,15 @@ def join_reports(config: JoinReportsConfig) -> str:
     """Publish the page."""
     config = located(config, "out")
     reports: list[Mapping[str, Any]] = []
+    sections: list[Section] = []
     inputs = {}
     for number, path in enumerate(config.of):
         artifact = _open(path)
         reports.append(json.loads((artifact.path / FIGURES).read_text()))
-        inputs[f"{number} {reports[-1]['simulation']}"] = artifact.hash
-    sections = [
-        section
-        for report in reports
-        for section in importlib.import_module(MODULES[report["simulation"]]).sections(report)
-    ]
-    with publish(config.out, kind=KIND, settings={"simulation": "joined"}, inputs=inputs) as draft:
-        write_sections(draft.path, config.title, sections, {"simulation": "joined", "reports": reports})
+        sections += importlib.import_module(MODULES[artifact.kind]).sections(reports[-1])
+        inputs[f"{number} {artifact.kind}"] = artifact.hash
+    with publish(config.out, kind=KIND, settings={"title": config.title}, inputs=inputs) as draft:
+        write_sections(draft.path, config.title, sections, {"simulation": KIND, "reports": reports})
     return config.out
 
 

@@ -31,7 +31,7 @@ from mta_ray.pipeline.split import SplitConfig, split_users
 from mta_ray.population.judge import BARE, JudgeConfig, Question, gain, judge, spread
 
 log = logging.getLogger(__name__)
-KIND = NAME = "what-if"
+KIND = "what-if"
 SWEEPS = {
     "anchors": "anchors in the bank",
     "k": "anchors in a user's route (k)",
@@ -103,7 +103,7 @@ def simulate_what_if(config: WhatIfConfig) -> str:
         "bank": open_artifact(config.bank, kind="bank", verify=False).hash,
     }
     left_out = ("users", "embeddings", "base", "bank", "out", "force", "cluster")
-    settings = {"simulation": NAME} | {k: v for k, v in jsonable(config).items() if k not in left_out}
+    settings = {k: v for k, v in jsonable(config).items() if k not in left_out}
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
         log.info("what-if: %s is current, nothing to do", config.out)
         return config.out
@@ -129,7 +129,7 @@ def simulate_what_if(config: WhatIfConfig) -> str:
                 "route_bytes": _route_bytes(question, bank),
             })  # fmt: skip
         report = {
-            "simulation": NAME,
+            "simulation": KIND,
             "task": base.wording.task.name,
             "metric": base.wording.task.primary_metric,
             "users": len(people),

@@ -112,18 +112,19 @@ def test_packed_tokens_are_routed_one_by_one(tiny_model):
 
 @pytest.mark.parametrize("slots", [(0, 0, 1, 1, 2, 2), (1, 1, 1, 1), (0, 0, 1), (0, 1, 1, 0), (2, 0, 2, 0)])
 @pytest.mark.parametrize("form", [None, dense, gather])
-def test_rows_of_one_route_side_by_side_or_not_are_each_their_own(tiny_model, slots, form):
+@pytest.mark.parametrize("also", [(), (1,)])  # one slot a row may be a piece of the shelf, two never are
+def test_rows_of_one_route_side_by_side_or_not_are_each_their_own(tiny_model, slots, form, also):
     routed = RoutedModel(tiny_model())
     adapters = _adapters(routed, 3)
     _fill(routed, adapters)
     routed.router.kernel = form
     name, layer = next(iter(routed.layers.items()))
     x = torch.randn(len(slots), 5, layer.base.in_features)
-    routes = [Route(slots=(slot, 1), weights=(0.5, 0.25)) for slot in slots]
+    routes = [Route(slots=(slot, *also), weights=(0.5, 0.25)[: 1 + len(also)]) for slot in slots]
     with routed.router.using(bank=routed.routing(routes)):
         got = layer(x)
     for row, slot in enumerate(slots):
-        added = 0.5 * adapters[slot].delta(name) + 0.25 * adapters[1].delta(name)
+        added = 0.5 * adapters[slot].delta(name) + sum(0.25 * adapters[other].delta(name) for other in also)
         torch.testing.assert_close(got[row], layer.base(x[row]) + x[row] @ added.T, atol=1e-5, rtol=1e-5)
 
 

@@ -9,11 +9,10 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from mta_ray.artifacts import open_artifact
+from mta_ray.benchmarks.killed_population import parts_table, stored_rows
 from mta_ray.pipeline.embed_users import item_texts
 from mta_ray.population.crowd import simulate as crowd
 from mta_ray.population.crowd.simulate import SimulatePopulationConfig, simulate_population
@@ -27,7 +26,6 @@ from mta_ray.similarity.embedding import Encoder
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 USERS = 230
-TIMES = ("version", "valid_from", "route_version", "created_at_s", "updated_at_s", "published_at_s")
 
 
 def _config(folder: Path, **changes: object) -> SimulatePopulationConfig:
@@ -46,18 +44,7 @@ def _config(folder: Path, **changes: object) -> SimulatePopulationConfig:
 
 
 def _rows(store: Path) -> dict[str, list[tuple]]:
-    """All that is in the store but times."""
-    found = {}
-    with sqlite3.connect(store) as connection:
-        for table in ("users", "histories", "citations", "anchors", "bank_anchors"):
-            names = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
-            kept = ", ".join(name for name in names if name not in TIMES)
-            found[table] = sorted(connection.execute(f"SELECT {kept} FROM {table}").fetchall())
-    return found
-
-
-def _parts(out: Path) -> pa.Table:
-    return pa.concat_tables(pq.read_table(file) for file in sorted(out.glob("part-*.parquet")))
+    return {table: sorted(rows) for table, rows in stored_rows(store).items()}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +55,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Pa
 
 
 def test_every_user_is_there_once_with_the_route_that_the_file_has(undisturbed: Path) -> None:
-    table = _parts(undisturbed / "population")
+    table = parts_table(undisturbed / "population")
     assert table["number"].to_pylist() == list(range(USERS))
     assert len(set(table["user_id"].to_pylist())) == USERS
 
@@ -88,7 +75,7 @@ def test_every_user_is_there_once_with_the_route_that_the_file_has(undisturbed: 
 
 
 def test_the_report_adds_up(undisturbed: Path) -> None:
-    table = _parts(undisturbed / "population")
+    table = parts_table(undisturbed / "population")
     report = json.loads((undisturbed / "population" / "report.json").read_text())
     nearest = np.bincount([slots[0] for slots in table["slots"].to_pylist()], minlength=5)
     assert report["anchors"]["users"] == nearest.tolist()
@@ -128,7 +115,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_end(
     simulate_population(config)
     assert again == [1, 3, 4]
     assert _rows(tmp_path / "store.db") == _rows(undisturbed / "store.db")
-    assert _parts(tmp_path / "population").equals(_parts(undisturbed / "population"))
+    assert parts_table(tmp_path / "population").equals(parts_table(undisturbed / "population"))
 
     again.clear()
     simulate_population(config)  # is current
@@ -151,7 +138,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_end(
 def test_encoded_users_have_the_encoders_vectors(tmp_path: Path) -> None:
     config = _config(tmp_path, users=30, embeddings="encoded", part_users=8)
     simulate_population(config)
-    table = _parts(tmp_path / "population")
+    table = parts_table(tmp_path / "population")
     assert table["number"].to_pylist() == list(range(30))
     some = [simulate_user(config.world, number) for number in (0, 7, 8, 29)]
     wanted = Encoder().embed_users([item_texts(user, 4, 64) for user in some])

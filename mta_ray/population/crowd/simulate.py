@@ -264,28 +264,25 @@ def _run(
     anchors = crowd.anchors
     folder.mkdir(exist_ok=True)
     finished = folder / "finished.json"
-    if is_growth and not finished.exists():
+    if is_growth:
+        plan = _plan(config, crowd, anchors, users, folder, store)  # no anchor is retired in a store of its own
+        facts = json.loads(finished.read_text()) if finished.exists() else {}
         _clear(folder)
+        if facts.get("hash") == plan.hash:
+            return _Run(plan=plan, facts=facts, bare_users_per_s=None)
     before_bytes = _store_bytes(store) if store is not None and _is_there(store) else 0
     if store is not None:
         with closing(open_database(DatabaseConfig(url=store))) as database:
             retired = publish_anchors(database, anchors, tenant=config.tenant, path=config.bank or config.out)
         anchors = dataclasses.replace(anchors, retired=retired)
     plan = _plan(config, crowd, anchors, users, folder, store)
-    if is_growth and finished.exists():
-        facts = json.loads(finished.read_text())
-        if facts["hash"] == plan.hash:
-            _clear(folder)
-            return _Run(plan=plan, facts=facts, bare_users_per_s=None)
-        finished.unlink()
-        return _run(config, crowd, users, work, board, is_growth=True)
 
     # 1. what is there already: of a small population nothing, or its time would be that of a rest;
     # marks of parts whose users the store has lost count for nothing
     done = [] if is_growth else [part for part in range(plan.parts) if _is_done(plan, part)]
     if store is not None and done:
-        lasts = [part * plan.part_users + plan.rows(part) - 1 for part in done]
-        kept = _are_stored(store, config.tenant, config.world.seed, lasts)
+        lasts = _last_users(config, users)
+        kept = _are_stored(store, config.tenant, config.world.seed, [lasts[part] for part in done])
         done = [part for part, is_kept in zip(done, kept, strict=True) if is_kept]
     missing = sorted(set(range(plan.parts)) - set(done))
     if done:
@@ -325,7 +322,7 @@ def _run(
 def _plan(
     config: SimulatePopulationConfig, crowd: _Crowd, anchors: Anchors, users: int, folder: Path, store: str | None
 ) -> CrowdPlan:
-    part_users = config.part_users or PART_USERS[config.embeddings]
+    part_users = _part_users(config)
     decides = (
         *(asdict(config.world), part_users, config.embeddings, anchors.hash, anchors.retired, asdict(config.fusion)),
         *(config.max_items, config.max_words, config.history_items, config.fitted_on, config.held_out),
@@ -378,9 +375,17 @@ def _is_stored(config: SimulatePopulationConfig) -> bool:
     """Whether the store has this population; a user of every part's end is looked up, not all of them."""
     if config.store is None:
         return True
-    size = config.part_users or PART_USERS[config.embeddings]
-    lasts = [min(first + size, config.users) - 1 for first in range(0, config.users, size)]
-    return all(_are_stored(config.store, config.tenant, config.world.seed, lasts))
+    return all(_are_stored(config.store, config.tenant, config.world.seed, _last_users(config, config.users)))
+
+
+def _last_users(config: SimulatePopulationConfig, users: int) -> list[int]:
+    """The number of each part's last user."""
+    size = _part_users(config)
+    return [min(first + size, users) - 1 for first in range(0, users, size)]
+
+
+def _part_users(config: SimulatePopulationConfig) -> int:
+    return config.part_users or PART_USERS[config.embeddings]
 
 
 def _are_stored(store: str, tenant: str, seed: int, numbers: Sequence[int]) -> list[bool]:

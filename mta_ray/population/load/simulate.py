@@ -112,9 +112,6 @@ class LoadRun:
 
 def simulate_load(config: SimulateLoadConfig) -> str:
     """Run the load and publish report.html, report.json, requests.parquet and samples.parquet."""
-    if importlib.util.find_spec("locust") is None:
-        raise ValueError("the load run needs locust, which is not installed: pip install 'mta-ray[load]'")
-
     # 1. is there anything to do
     paths = ("out",) if config.base is None else ("out", "base", "bank")
     config = located(config, *paths)
@@ -125,6 +122,8 @@ def simulate_load(config: SimulateLoadConfig) -> str:
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
         log.info("load: %s is current, nothing to do", config.out)
         return config.out
+    if importlib.util.find_spec("locust") is None:
+        raise ValueError("the load run needs locust, which is not installed: pip install 'mta-ray[load]'")
 
     with publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         # 2. ask
