@@ -560,6 +560,8 @@ def _refuse_stranger(destination: Path, kind: str) -> None:
         manifest = json.loads((destination / MANIFEST).read_bytes())
         found = f"an artifact of kind {manifest['kind']!r}"
         listed = set(manifest["files"])
+    if listed is None and not destination.exists():  # another process is replacing it
+        return
     if found != f"an artifact of kind {kind!r}":
         raise ValueError(f"{destination} is {found}, not of kind {kind!r}; choose another folder, or remove it")
     if listed is None:

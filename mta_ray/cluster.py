@@ -110,6 +110,21 @@ def fixed_cpus(config: ClusterConfig) -> float | None:
     return float(ray.cluster_resources().get("CPU", 0.0))
 
 
+def check_room(config: ClusterConfig, *, cpus: int, gpus: int) -> None:
+    """Raise ValueError where the cluster of this run alone has not so many and never will: Ray would wait for ever."""
+    if fixed_cpus(config) is None:
+        return
+    for name, wanted, here in (
+        ("CPUs", cpus, ray.cluster_resources().get("CPU", 0)),
+        ("GPUs", gpus, ray.cluster_resources().get("GPU", 0)),
+    ):
+        if wanted > here:
+            raise ValueError(
+                f"one training group wants {wanted} {name}, and this machine's cluster has {here:g}; give "
+                "fewer workers or less for each (group.workers, …-per-worker), or a larger cluster (cluster.address)"
+            )
+
+
 @contextmanager
 def _nothing_on_stderr() -> Iterator[None]:
     """Ray's core, in C++, complains of every task that a shutdown drops; whoever pressed Ctrl-C knows."""

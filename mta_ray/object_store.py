@@ -104,11 +104,19 @@ class Store:
         return sorted(names - {"", own} if self.root.rstrip("/") in {f.rstrip("/") for f in found} else names)
 
     def remove(self, name: str = "") -> None:
-        """Remove a file or a folder with all in it; nothing where it is not."""
+        """Remove a file or a folder with all in it; nothing where it is not.
+
+        Raises PermissionError where it is there still: a store may refuse single files of many without an error.
+        """
         try:
             self._patiently(lambda: self.files.rm(self._at(name), recursive=True))
         except FileNotFoundError:
             return
+        self.files.invalidate_cache()
+        if self.exists(name):
+            raise PermissionError(
+                f"{told(self.url)}: {name or 'it'} could not be removed; may these credentials delete?"
+            )
 
     def _at(self, name: str) -> str:
         return "/".join(part for part in (self.root, name) if part)

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mta_ray.comparison.cells import Cell, CellAnswers
-from mta_ray.comparison.datasets import Subjects, cut, is_cut, prompt_hash, read_tested
+from mta_ray.comparison.datasets import Subjects, cut, prompt_hash, read_tested
 from mta_ray.comparison.pooled import load_pooled
 from mta_ray.comparison.recipes import Recipe
-from mta_ray.comparison.results import ALL
 from mta_ray.evaluation.asker import MERGED, STACK, Asker, history_bytes
 from mta_ray.lamp.prompts import nearest_items
 from mta_ray.lamp.users import User
@@ -63,7 +62,7 @@ class Answerer:
         self._load(cell)
         vectors = self._vectors(cell)
         recipe = cell.recipe.seeded(cell.seed)
-        chosen = [n for n, u in enumerate(self.subjects.users) if not cell.whole or _is_here(u, cell.budget)]
+        chosen = [n for n, user in enumerate(self.subjects.users) if cell.asks(user)]
         chosen.sort(key=lambda n: (len(self.subjects.users[n].history), self.subjects.users[n].id))
         answers = CellAnswers(rows=[], bytes={}, seconds={}, decode_tokens=0, decode_s=0.0)
         for start in range(0, len(chosen), cell.users_per_pack):
@@ -78,6 +77,8 @@ class Answerer:
         started_s = time.perf_counter()
         made = self._personalise(recipe, cell, users, vectors, context)
         seconds = (time.perf_counter() - started_s) / len(users)
+        if recipe.bank is not None and recipe.pooled is None and recipe.anchors == "nearest":
+            seconds += self.subjects.encode_s[cell.budget]  # whoever looks for anchors has encoded the items before
 
         # 2. answer
         started_s = time.perf_counter()
@@ -170,10 +171,6 @@ class Answerer:
         if cell.bank and cell.bank != self.bank_path:
             self.bank, self.bank_path = load_bank(cell.bank, base_fingerprint=self.base.fingerprint), cell.bank
             self.bank.load_into(self.asker.routed.layers)
-
-
-def _is_here(user: User, budget: str) -> bool:
-    return budget == ALL or is_cut(user, budget)
 
 
 def _controlled(recipe: Recipe, users: Sequence[User]) -> list[str | None] | None:

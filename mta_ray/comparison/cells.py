@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ import pyarrow.parquet as pq
 
 from mta_ray.artifacts import canonical_json, jsonable
 from mta_ray.comparison.datasets import Subjects, cut, is_cut, prompt_hash, read_tested
+from mta_ray.comparison.leaks import persons
 from mta_ray.comparison.recipes import Recipe
-from mta_ray.comparison.results import ALL, COSTS, RESULTS
+from mta_ray.comparison.results import ALL, COSTS, GROUPS, RESULTS
 from mta_ray.files import replace_file
 from mta_ray.lamp.metrics import query_score
+from mta_ray.lamp.users import User
 from mta_ray.personalize.base_model import Wording
 
 ORDER = ["dataset", "method", "rag", "budget", "seed"]
+_ANSWERS_VERSION = 1
+"""Raised by whoever changes what a method answers: cells from before are then made anew."""
 _ANSWERS = pa.schema(
     [("user_id", pa.string()), ("query_id", pa.string()), ("prompt_hash", pa.string()), ("prediction", pa.string())]
 )
@@ -51,16 +56,31 @@ class Cell:
     users_per_pack: int
     """Who shares a pack decides how sums are rounded."""
     inputs: tuple[str, ...]
-    """Hashes of those artifacts."""
+    """Hashes of those artifacts; of `tested`, of what the budget leaves."""
+    made_by: tuple[str, ...] = ()
+    """What computes the answers; see `made_by`."""
+    devices: float | int = 1
+    """GPUs of the actor that answers, or its CPUs."""
     bank_device_seconds: float = 0.0
     pooled_device_seconds: float = 0.0
 
     @property
     def key(self) -> str:
         """Of all that decides the answers; where things lie and what they took does not."""
-        places = ("tested", "base", "bank", "pooled", "bank_device_seconds", "pooled_device_seconds")
+        places = ("tested", "base", "bank", "pooled", "devices", "bank_device_seconds", "pooled_device_seconds")
         deciding = {name: value for name, value in jsonable(self).items() if name not in places}
         return hashlib.sha256(canonical_json(deciding).encode()).hexdigest()[:32]
+
+    def asks(self, user: User) -> bool:
+        """Whether the user is answered here; if not, as in the same method's cell with the whole history."""
+        is_other = self.recipe.reads_history(self.rag) and is_cut(user, self.budget)
+        return not self.whole or self.budget == ALL or is_other
+
+
+def made_by(device: str) -> tuple[str, ...]:
+    """What decides answers beside what they are answers to."""
+    libraries = [f"{name} {metadata.version(name)}" for name in ("mta-ray", "torch", "transformers")]
+    return (f"answers {_ANSWERS_VERSION}", *libraries, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,13 +139,13 @@ def collect(cells: Sequence[Cell], files: CellFiles, wordings: dict[str, Wording
         people, own = subjects(cell.tested), read(number)
         parts = [own]
         if cell.whole and cell.budget != ALL:
-            parts.append(_uncut(read(number_of[whole[_method(cell)].key]), people, cell.budget))
+            parts.append(_rest_of(cell, read(number_of[whole[_method(cell)].key]), people))
         names = {name: getattr(cell, name) for name in ("dataset", "budget", "seed", "rag")}
         names["method"] = cell.recipe.name
         results += _scored(names, cell, [row for part in parts for row in part.rows], people, wordings[cell.dataset])
-        costs.append(names | _costs(cell, parts, own))
+        costs += [names | spent for spent in _costs(cell, parts, own, people)]
     answered = pd.DataFrame(results).sort_values([*ORDER, "user_id", "query_id"], ignore_index=True)
-    spent = pd.DataFrame(costs).sort_values(ORDER, ignore_index=True)
+    spent = pd.DataFrame(costs).sort_values([*ORDER, "group"], ignore_index=True)
     return answered[RESULTS.names], spent[COSTS.names]
 
 
@@ -133,9 +153,9 @@ def _method(cell: Cell) -> tuple[str, str, bool, int]:
     return (cell.dataset, cell.recipe.name, cell.rag, cell.seed)
 
 
-def _uncut(answers: CellAnswers, people: Subjects, budget: str) -> CellAnswers:
-    """Of the answers with the whole history, those of users whom the budget leaves it."""
-    same = {user.id for user in people.users if not is_cut(user, budget)}
+def _rest_of(cell: Cell, answers: CellAnswers, people: Subjects) -> CellAnswers:
+    """Of the answers with the whole history, those of users whom the cell does not ask."""
+    same = {user.id for user in people.users if not cell.asks(user)}
     return CellAnswers(
         rows=[row for row in answers.rows if row[0] in same],
         bytes={user_id: kept for user_id, kept in answers.bytes.items() if user_id in same},
@@ -150,6 +170,7 @@ def _scored(
 ) -> Iterator[dict[str, Any]]:
     said = {(user_id, query_id): (asked, prediction) for user_id, query_id, asked, prediction in rows}
     wanted = [(user, query) for user in people.users for query in user.queries]
+    person_of = persons(people.users)
     if len(said) != len(rows) or set(said) != {(user.id, query.id) for user, query in wanted}:
         raise ValueError(
             f"{cell.dataset}, {cell.recipe.name}, budget {cell.budget}: {len(rows)} answers for {len(wanted)} "
@@ -157,10 +178,15 @@ def _scored(
         )
     for user, query in wanted:
         asked, prediction = said[user.id, query.id]
-        assert asked == prompt_hash(query), f"{user.id}, {query.id}: another question was answered than the one asked"
+        if asked != prompt_hash(query):
+            raise ValueError(
+                f"{cell.dataset}, {cell.recipe.name}, budget {cell.budget}: another question was answered than the one "
+                f"asked; remove the cell {cell.key} and run the same command again"
+            )
         yield names | {
             "task": wording.task.name,
             "user_id": user.id,
+            "person": person_of[user.id],
             "query_id": query.id,
             "history_items": len(cut(user, cell.budget).history),
             "full_history_items": len(user.history),
@@ -172,14 +198,20 @@ def _scored(
         }
 
 
-def _costs(cell: Cell, parts: Sequence[CellAnswers], own: CellAnswers) -> dict[str, float]:
+def _costs(
+    cell: Cell, parts: Sequence[CellAnswers], own: CellAnswers, people: Subjects
+) -> Iterator[dict[str, str | float]]:
     kept = {user_id: kept for part in parts for user_id, kept in part.bytes.items()}
     spent = {user_id: spent for part in parts for user_id, spent in part.seconds.items()}
-    training = sum(spent.values()) + cell.pooled_device_seconds
-    return {
-        "bytes_per_user": sum(kept.values()) / max(1, len(kept)),
-        "seconds_per_user": sum(spent.values()) / max(1, len(spent)),
-        "training_device_seconds": training,
-        "bank_device_seconds": cell.bank_device_seconds,
-        "decode_tokens_per_s": own.decode_tokens / own.decode_s if own.decode_s else float("nan"),
-    }
+    few = {user.id for user in people.users if user.is_few_shot}
+    for group, users in zip(GROUPS, (kept.keys() & few, kept.keys() - few, kept.keys()), strict=True):
+        if users:
+            seconds = sum(spent[user_id] for user_id in sorted(users))
+            yield {
+                "group": group,
+                "bytes_per_user": sum(kept[user_id] for user_id in sorted(users)) / len(users),
+                "seconds_per_user": seconds / len(users),
+                "training_device_seconds": seconds * cell.devices + cell.pooled_device_seconds,
+                "bank_device_seconds": cell.bank_device_seconds,
+                "decode_tokens_per_s": own.decode_tokens / own.decode_s if own.decode_s else float("nan"),
+            }

@@ -116,9 +116,9 @@ def frontier(dataset: Mapping[str, Any], group: str) -> list[str]:
 def _points(dataset: Mapping[str, Any], group: str) -> dict[str, tuple[float, float]]:
     """Method -> (bytes per user, primary metric)."""
     return {
-        name: (float(entry["costs"]["bytes_per_user"]), entry[group]["metrics"][dataset["primary"]])
+        name: (float(entry[group]["costs"]["bytes_per_user"]), entry[group]["metrics"][dataset["primary"]])
         for name, entry in dataset["budgets"].get(ALL, {}).items()
-        if name != "oracle" and entry["costs"]["bytes_per_user"] is not None
+        if name != "oracle" and entry[group]["costs"]["bytes_per_user"] is not None
     }
 
 

@@ -1,6 +1,7 @@
 """A table of results in, the content of `report.json` out: every method's metrics, what it gains, and how sure that is.
 
-Users are the unit of all that is said of certainty: what is resampled, and whose signs are flipped, are users.
+People are the unit of all that is said of certainty: what is resampled, and whose signs are flipped, are users; those
+who are one user over again are one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mta_ray.comparison.results import (
     ALL,
     BASELINE,
     CHANCE_FREE,
+    GROUPS,
     OURS,
     SPENT,
     budgets_in_order,
@@ -29,9 +31,6 @@ from mta_ray.comparison.results import (
 from mta_ray.evaluation.statistics import Interval, bootstrap, holm, sign_flip_p
 from mta_ray.lamp.metrics import score
 from mta_ray.lamp.tasks import Task, task_named
-
-GROUPS = ("few_shot", "rest", "all")
-"""Groups of users, each judged by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +66,9 @@ def judge(
     Semantics of a method's figures in a group of users:
       score            mean over seeds of each query's score first; then over queries, or over users of their means
       over_X           the same of the differences to X, query by query, over the seeds that both stand with
-      low, high        percentile 95% interval, users resampled with all their queries
-      p                sign-flip test of users' mean differences to mta, two-sided
+      low, high        percentile 95% interval, people resampled with all their queries; what chance all of them share
+                       (one draw of a bank) is not in it, but in the spread over seeds
+      p                sign-flip test of people's mean differences to mta, two-sided
       p_holm           p corrected over the methods of this data set, budget and group (ablations: over ablations)
     """
     check_results(results)
@@ -132,19 +132,20 @@ def _methods(
     methods: dict[str, dict[str, Any]] = {}
     for name in names:
         own = rows[rows["name"] == name]
-        means = spent.loc[spent["name"] == name, list(SPENT)].mean()
         methods[name] = {
             "method": str(own["method"].iloc[0]),
             "rag": bool(own["rag"].iloc[0]),
             "seeds": sorted(int(number) for number in own["seed"].unique()),
-            "costs": {cost: _plain(value) for cost, value in means.items()},
         }
     few = rows["few_shot"].astype(bool)
-    for group, mask in (("few_shot", few), ("rest", ~few), ("all", few | True)):
+    for group, mask in zip(GROUPS, (few, ~few, few | True), strict=True):
         if mask.any():
             figures = _figures(rows[mask], names, measure, samples, seed)
+            here = spent[spent["group"] == group]
             for name in names:
-                methods[name][group] = figures[name]
+                means = here.loc[here["name"] == name, list(SPENT)].mean()
+                costs = {cost: _plain(value) for cost, value in means.items()}
+                methods[name][group] = figures[name] | {"costs": costs}
     return methods
 
 
@@ -167,20 +168,19 @@ def _figures(
                 mine = by_seed[name][seeds[name] if is_free else shared].mean(axis=1).to_numpy()
                 columns[name, f"over_{other}"] = mine - over
 
-    # 2. sums over each user's queries
+    # 2. sums over each user's queries, then over the users who are one person
     values = np.stack(list(columns.values()), axis=1)  # (queries, columns)
-    owner = pd.factorize(by_seed.index.get_level_values("user_id"), sort=True)[0]
-    counts = np.bincount(owner).astype(np.float64)
-    totals = np.zeros((len(counts), values.shape[1]))
-    np.add.at(totals, owner, values)
-    means = totals / counts[:, None]
+    owner, users = pd.factorize(by_seed.index.get_level_values("user_id"), sort=True)
+    person = pd.factorize(rows.drop_duplicates("user_id").set_index("user_id")["person"].reindex(users), sort=True)[0]
+    totals, counts = _sums(values, owner), np.bincount(owner).astype(np.float64)
+    means = _sums(totals / counts[:, None], person)
+    users_of = np.bincount(person).astype(np.float64)
 
-    # 3. intervals, for all columns with the same draws of users
-    per_query = bootstrap(totals, counts, samples=samples, seed=seed)
-    per_user = bootstrap(means, np.ones_like(counts), samples=samples, seed=seed)
-    found: dict[str, dict[str, Any]] = {
-        name: {"users": len(counts), "queries": len(values), "per_query": {}, "per_user": {}} for name in names
-    }
+    # 3. intervals, for all columns with the same draws of people
+    per_query = bootstrap(_sums(totals, person), np.bincount(person, weights=counts), samples=samples, seed=seed)
+    per_user = bootstrap(means, users_of, samples=samples, seed=seed)
+    sizes = {"users": len(users), "people": len(users_of), "queries": len(values)}
+    found: dict[str, dict[str, Any]] = {name: {**sizes, "per_query": {}, "per_user": {}} for name in names}
     for place, (name, what) in enumerate(columns):
         found[name]["per_query"][what] = _interval(per_query[place])
         found[name]["per_user"][what] = _interval(per_user[place])
@@ -201,6 +201,13 @@ def _figures(
         figures["metrics"] = {metric: float(value) for metric, value in metrics.mean().items()}
         figures["spread_over_seeds"] = {metric: _plain(value) for metric, value in metrics.std(ddof=1).items()}
     return found
+
+
+def _sums(values: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """(owners, columns) of (rows, columns)."""
+    sums = np.zeros((int(owner.max()) + 1, values.shape[1]))
+    np.add.at(sums, owner, values)
+    return sums
 
 
 class _Metrics:

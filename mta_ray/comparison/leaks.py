@@ -11,6 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
 from mta_ray.lamp.tasks import normalise_label
 from mta_ray.lamp.users import HistoryItem, User
 
@@ -132,6 +136,22 @@ def find_leaks(tested: Sequence[User], teachers: Iterable[User]) -> Leaks:
         kinds={kind: len(questions) for kind, questions in hits.items()},
         twins=len(twins),
     )
+
+
+def persons(tested: Sequence[User]) -> dict[str, str]:
+    """User id to the first id, in the order given, of the tested users who are that user over again (twins)."""
+    owners: defaultdict[bytes, set[int]] = defaultdict(set)
+    sizes = []
+    for place, user in enumerate(tested):
+        keys = {_key_of_item(item) for item in user.history}
+        sizes.append(len(keys))
+        for key in keys:
+            owners[key].add(place)
+    pairs = [(place, twin) for place, user in enumerate(tested) for twin in _twins_in(user, owners, sizes)]
+    one, other = zip(*pairs, strict=True) if pairs else ((), ())
+    links = coo_array((np.ones(len(pairs)), (one, other)), shape=(len(tested), len(tested)))
+    found = connected_components(links, directed=False)[1].tolist()
+    return {user.id: tested[found.index(group)].id for user, group in zip(tested, found, strict=True)}
 
 
 def _twins_in(user: User, owners: Mapping[bytes, set[int]], sizes: Sequence[int]) -> set[int]:

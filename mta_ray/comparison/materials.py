@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 
 import ray
@@ -23,6 +24,7 @@ from mta_ray.comparison.pooled import KIND as POOLED
 from mta_ray.comparison.pooled import PooledJob, train_pooled
 from mta_ray.comparison.recipes import BankRecipe, Recipe
 from mta_ray.files import replace_file
+from mta_ray.personalize.base_model import open_base
 from mta_ray.pipeline.adapt_users import ActorConfig
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
@@ -85,6 +87,11 @@ class Materials:
         elsewhere = [self._once(f"teachers-{n}", partial(self._read, (path,))) for n, path in enumerate(teachers)]
         return self._once("users", partial(join_teachers, own, elsewhere))
 
+    def labels(self) -> tuple[str, ...]:
+        """The data set's own, those of its teachers from elsewhere left out; none for texts."""
+        own = f"{self.home}/own-users" if self.dataset.teachers else self.users()
+        return tuple(open_artifact(own, kind="users", verify=False).facts["labels"])
+
     def embeddings(self, encoder: str | None = None) -> str:
         """Of everybody, by the benchmark's encoder or another one."""
         config = replace(self.config.embed, users=self.users(), cluster=self.cluster)
@@ -144,9 +151,10 @@ class Materials:
         )
         return self._once(f"bank{''.join(map(_part, parts))}", lambda out: build_bank(replace(config, out=out)))
 
-    def pooled(self, recipe: Recipe, budget: str, seed: int) -> str:
+    def pooled(self, recipe: Recipe, budget: str, seed: int, *, rag: bool = False) -> str:
         """One LoRA for everybody, of a recipe with one."""
         assert recipe.pooled is not None and recipe.bank is not None
+        cpus = cpus_per_worker(self.config.bank.group, groups=1)
         job = PooledJob(
             users=self.users(),
             embeddings=self.embeddings(),
@@ -155,25 +163,32 @@ class Materials:
             tested=self.tested(),
             out="",
             budget=budget,
+            context_items=open_base(self.base()).wording.prompts.rag_items if rag else None,
             examples_per_bank_step=self.config.bank.train.examples_per_step,
             train=replace(recipe.pooled, seed=seed),
             split=self.config.split,
-            cpus=cpus_per_worker(self.config.bank.group, groups=1),
+            cpus=cpus,
             device=self.workers.device,
+            devices=self.workers.gpus or cpus,
         )
         task = ray.remote(train_pooled).options(num_cpus=job.cpus, num_gpus=self.workers.gpus)
-        name = f"pooled-{budget}-seed-{seed}"
+        name = f"pooled-{budget}-seed-{seed}{_part('rag' if rag else '')}"
         return self._once(name, lambda out: ray.get(task.remote(replace(job, out=out))))
 
     def bank_device_seconds(self, path: str) -> float:
-        """Wall clock of a bank's building, start-up and all, times the devices at work; 0 where it was not seen."""
+        """Wall clock of a bank's building, start-up and all, times the devices at work; 0 where it was not seen.
+
+        A device is a GPU, or a CPU where there is none.
+        """
         config = self.config.bank
-        devices = config.groups * config.group.workers * max(1, config.group.gpus_per_worker)
+        each = config.group.gpus_per_worker or cpus_per_worker(config.group, groups=config.groups)
+        devices = config.groups * config.group.workers * each
         return self._ledger().get(Path(path).name, 0.0) * devices
 
     def pooled_device_seconds(self, path: str) -> float:
         """Of one LoRA for everybody."""
-        return float(open_artifact(path, kind=POOLED, verify=False).facts["seconds"])
+        facts = open_artifact(path, kind=POOLED, verify=False).facts
+        return float(facts["seconds"] * facts["devices"])
 
     def _read(self, files: tuple[str, ...], out: str) -> str:
         """The users of some files; of no files, or of `simulated`, those of the simulated population."""
@@ -211,7 +226,10 @@ class Materials:
 
 def _part(value: str | None) -> str:
     """Of a folder's name; nothing where nothing differs."""
-    return "-" + re.sub(r"[^\w.-]+", "_", value) if value else ""
+    if not value:
+        return ""
+    plain = re.sub(r"[^\w.-]+", "_", value)
+    return f"-{plain}" if plain == value else f"-{plain}-{blake2b(value.encode(), digest_size=4).hexdigest()}"
 
 
 def _stamp(path: str) -> int:

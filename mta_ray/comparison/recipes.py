@@ -61,7 +61,8 @@ class Recipe:
     is_one_epoch: bool = False
     """The own LoRA meets every item once, instead of `own.steps`."""
     pooled: TrainConfig | None = None
-    """One LoRA for everybody, trained on teachers' and tested users' items; as many examples as the bank has met."""
+    """One LoRA for everybody, trained on tested users' items and on so many of teachers' that it meets as many examples
+    as the bank has met."""
     rag: Literal["both", "never", "always"] = "both"
     """Whether the method also stands with the user's items (BM25) in its prompts."""
 
@@ -69,6 +70,10 @@ class Recipe:
     def is_drawn(self) -> bool:
         """Whether chance has a part in it; if not, one seed is all."""
         return self.bank is not None or self.own is not None or self.pooled is not None
+
+    def reads_history(self, rag: bool) -> bool:
+        """Whether a user's items have a part in the answers; if not, they are the same at every budget."""
+        return rag or bool(self.bank or self.own or self.pooled or self.control in ("majority_label", "nearest_item"))
 
     def applies_to(self, task: Task, *, is_best_known: bool) -> bool:
         """Whether the task has what the method needs."""

@@ -23,6 +23,7 @@ from mta_ray.comparison.tables import (
     difference,
     groups_of,
     leak_rows,
+    made_rows,
     markdown,
     quality_rows,
     said_of,
@@ -51,7 +52,7 @@ def write_benchmark_report(
     home.mkdir(parents=True, exist_ok=True)
     write_sections(home, report["title"], sections(report), report)
     (home / TABLES).write_text(markdown(report), encoding="utf-8")
-    write_submissions(home / SUBMISSIONS, results)
+    write_submissions(home / SUBMISSIONS, results, facts.labels)
     return report
 
 
@@ -61,6 +62,8 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     for name, dataset in report["datasets"].items():
         found += _of_dataset(name, dataset, report["samples"])
     found.append(_leaks(report["datasets"]))
+    if report["settings"]:
+        found.append(Section(title="Made with", rows=made_rows(report)))
     return found
 
 
@@ -91,8 +94,9 @@ def _of_dataset(name: str, dataset: Mapping[str, Any], samples: int) -> list[Sec
         said_of(dataset),
         f"In brackets and as bars: 95% intervals, {samples} bootstrap samples of users. Gains and differences are "
         f"means over users, query by query. p: sign-flip test of users' mean differences to {OURS}, Holm-corrected "
-        f"over the methods here; * below {ALPHA:g}. Spread: standard deviation of {primary} over seeds; where it is "
-        "missing, one seed is all. Kept and time are of one user.",
+        f"over the methods here; * below {ALPHA:g}. Users who are one user over again count as one for both. Spread: "
+        f"standard deviation of {primary} over seeds, which intervals and p leave out; where it is missing, one seed "
+        "is all. Kept is of one of these users; time is a user's share of a pack's, encoding for a route in it.",
     )
     for place, group in enumerate(groups if whole else []):
         picture = figures.differences_chart(whole, group)
@@ -124,7 +128,7 @@ def _of_dataset(name: str, dataset: Mapping[str, Any], samples: int) -> list[Sec
         found.append(
             Section(
                 title=f"{name}: quality against bytes",
-                lead=f"No method is better with fewer bytes than {', '.join(best)}.",
+                lead=f"No method has a better mean with fewer bytes than {', '.join(best)}.",
                 figures=[(f"{primary} against bytes kept of a user", picture)],
                 notes=(
                     f"{GROUP_NAMES[group].capitalize()}, whole history. The bank, which all share, is not counted.",
@@ -139,7 +143,10 @@ def _of_dataset(name: str, dataset: Mapping[str, Any], samples: int) -> list[Sec
                 title=f"{name}: parts of {OURS}",
                 figures=[(f"difference to {OURS} with one part changed", changed)] if changed else [],
                 rows=parts,
-                notes=(f"{GROUP_NAMES[group].capitalize()}; against {OURS} with the same seeds; p over this table.",),
+                notes=(
+                    f"{GROUP_NAMES[group].capitalize()}; against {OURS} with the same seeds; p over this table. "
+                    "Without a spread it is one seed, so one bank: a small difference may be that draw's.",
+                ),
             )
         )
 
@@ -151,7 +158,8 @@ def _of_dataset(name: str, dataset: Mapping[str, Any], samples: int) -> list[Sec
                 rows=cost_rows(dataset),
                 notes=(
                     "Training: device seconds of personalising all tested users; its bank: device seconds of the bank "
-                    "that the method stands on, once for everybody.",
+                    "that the method stands on, once for everybody. A device is a GPU, or a CPU where there is none. "
+                    "Tokens/s: of answers, the reading of prompts in their time.",
                     "; ".join(f"{method}: {described(method)}" for method in whole if described(method)) + ".",
                 ),
             )

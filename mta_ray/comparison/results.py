@@ -21,7 +21,7 @@ METHODS = {
     "nearest_item": "control: the answer to the most similar history item",
     "rag": "base model, similar history items in the prompt",
     "oppu": "one LoRA per user, trained on the history",
-    "all_users_lora": "one LoRA for everybody, trained on all items",
+    "all_users_lora": "one LoRA for everybody, trained on tested users' items and others'",
     "nearest_anchor": "the most similar anchor's LoRA",
     "uniform_mean": "all anchors' LoRAs, weighed alike",
     "random_anchors": "random anchors' LoRAs, weighed alike",
@@ -49,6 +49,7 @@ RESULTS = pa.schema(
         ("budget", pa.string()),
         ("seed", pa.int32()),
         ("user_id", pa.string()),
+        ("person", pa.string()),
         ("query_id", pa.string()),
         ("history_items", pa.int32()),
         ("full_history_items", pa.int32()),
@@ -59,7 +60,9 @@ RESULTS = pa.schema(
         ("score", pa.float64()),
     ]
 )
-"""`results.parquet`: one row a prediction. `history_items` are those within the budget; a higher score is better."""
+"""`results.parquet`: one row a prediction. `history_items` are those within the budget; a higher score is better.
+
+`person`: the first, by id, of the users who are one user over again; mostly the user alone."""
 COSTS = pa.schema(
     [
         ("dataset", pa.string()),
@@ -67,6 +70,7 @@ COSTS = pa.schema(
         ("rag", pa.bool_()),
         ("budget", pa.string()),
         ("seed", pa.int32()),
+        ("group", pa.string()),
         ("bytes_per_user", pa.float64()),
         ("seconds_per_user", pa.float64()),
         ("training_device_seconds", pa.float64()),
@@ -74,8 +78,11 @@ COSTS = pa.schema(
         ("decode_tokens_per_s", pa.float64()),
     ]
 )
-"""`costs.parquet`: one row a cell. Seconds are those to personalise; training is of all users together."""
-SPENT = tuple(name for name in COSTS.names if name not in RESULTS.names)
+"""`costs.parquet`: one row for each cell and group of users in it. Seconds are those to personalise, a user's share of
+a pack's; training is of the group's users together. A device is a GPU, or a CPU where there is none."""
+GROUPS = ("few_shot", "rest", "all")
+"""Groups of users, each judged by itself."""
+SPENT = tuple(name for name in COSTS.names if name not in (*RESULTS.names, "group"))
 """What a cell took, without which cell it is."""
 
 _ONE_CELL = ["method", "rag", "budget", "seed"]
@@ -139,7 +146,7 @@ def assert_same_questions(results: pd.DataFrame) -> None:
         # 1. each question is one and the same everywhere
         for columns, of in (
             (("prompt_hash", "gold"), _QUESTION),
-            (("few_shot", "full_history_items"), ["user_id"]),
+            (("few_shot", "full_history_items", "person"), ["user_id"]),
             (("history_items",), ["user_id", "budget"]),
         ):
             for column in columns:

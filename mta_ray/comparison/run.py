@@ -5,6 +5,7 @@ A run that was stopped goes on where it was: what is finished, an artifact or a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from mta_ray.artifacts import jsonable, located
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.comparison.answerer import Answerer
 from mta_ray.comparison.cells import Cell, CellFiles, collect
-from mta_ray.comparison.datasets import parse_datasets
+from mta_ray.comparison.datasets import SIMULATED, parse_datasets
 from mta_ray.comparison.judge import BenchmarkFacts, facts_of
 from mta_ray.comparison.materials import Materials, MaterialsConfig
 from mta_ray.comparison.plan import PlanConfig, cells
@@ -36,6 +37,7 @@ from mta_ray.files import replace_file
 from mta_ray.object_store import is_remote
 from mta_ray.personalize.base_model import open_base
 from mta_ray.pipeline.adapt_users import ActorConfig
+from mta_ray.pipeline.prepare_users import PrepareUsersConfig, look_at
 
 log = logging.getLogger(__name__)
 RESULTS_FILE, COSTS_FILE, FACTS_FILE = "results.parquet", "costs.parquet", "facts.json"
@@ -68,12 +70,21 @@ class BenchmarkConfig(PlanConfig):
 
     def __post_init__(self) -> None:
         PlanConfig.__post_init__(self)
-        if self.materials.base.prompts.rag_items < 1 and (self.rag != "none" or "rag" in self.methods):
+        prompts = self.materials.base.prompts
+        if prompts.context_items:
+            raise ValueError(
+                "context_items puts items of the history into every method's prompts, the base model's "
+                "too; leave it at 0: methods stand with retrieved items by --rag"
+            )
+        if prompts.rag_items < 1 and (self.rag != "none" or "rag" in self.methods):
             raise ValueError("rag_items of the prompts is 0, so there is no RAG; raise it, or leave rag out of methods")
         if is_remote(self.out):
             raise ValueError(f"out is {self.out}; give a folder of this machine, or one that all nodes share")
         if not self.report_only:
-            parse_datasets(self.simulated, self.files, self.teachers)
+            for dataset in parse_datasets(self.simulated, self.files, self.teachers):
+                for files in (dataset.files, *((path,) for path in dataset.teachers if path != SIMULATED)):
+                    if files:
+                        look_at(PrepareUsersConfig(files=files, task=dataset.task))
 
 
 def benchmark(config: BenchmarkConfig) -> str:
@@ -93,7 +104,13 @@ def _report(home: Path) -> None:
     """Of the results in a folder, wherever they were made."""
     if missing := [name for name in (RESULTS_FILE, COSTS_FILE, FACTS_FILE) if not (home / name).is_file()]:
         raise ValueError(f"{home} holds no {missing[0]}: no finished benchmark; run it there without --report-only")
-    facts = facts_of(json.loads((home / FACTS_FILE).read_text()))
+    written = json.loads((home / FACTS_FILE).read_text())
+    if written.pop("sha256", None) != {name: _sha256(home / name) for name in (RESULTS_FILE, COSTS_FILE)}:
+        raise ValueError(
+            f"{home}: {FACTS_FILE} belongs to other {RESULTS_FILE} and {COSTS_FILE} than lie there; run the benchmark "
+            "there once more, or copy all three"
+        )
+    facts = facts_of(written)
     results, costs = (pq.read_table(home / name).to_pandas() for name in (RESULTS_FILE, COSTS_FILE))
     report = write_benchmark_report(home, results, costs, facts)
     for name, dataset in report["datasets"].items():
@@ -120,9 +137,7 @@ def _make(config: BenchmarkConfig, home: Path) -> None:
         leaks = {one.dataset.name: one.leaks(config.allow_leaks) for one in materials}
 
         # 2. bases and banks
-        planned = [
-            cell for one in materials for cell in cells(config, one, users_per_pack=config.workers.users_per_pack)
-        ]
+        planned = [cell for one in materials for cell in cells(config, one, config.workers)]
 
         # 3. answers, cell by cell
         _answer(config, planned, files)
@@ -133,13 +148,15 @@ def _make(config: BenchmarkConfig, home: Path) -> None:
     left_out = ("out", "report_only", "force", "cluster", "workers")
     facts = BenchmarkFacts(
         leaks=leaks,
-        labels={name: wording.labels for name, wording in wordings.items() if wording.labels},
+        labels={one.dataset.name: one.labels() for one in materials if one.labels()},
         settings={name: value for name, value in jsonable(config).items() if name not in left_out},
-        versions={name: metadata.version(name) for name in VERSIONS},
+        versions={name: metadata.version(name) for name in VERSIONS} | {"mta-ray": metadata.version("mta-ray")},
     )
-    replace_file(home / FACTS_FILE, lambda path: path.write_text(json.dumps(asdict(facts), indent=1)))
     replace_file(home / COSTS_FILE, lambda path: _write(costs, COSTS, path))
     replace_file(home / RESULTS_FILE, lambda path: _write(results, RESULTS, path))
+    # last: it says which of the others it belongs to
+    written = asdict(facts) | {"sha256": {name: _sha256(home / name) for name in (RESULTS_FILE, COSTS_FILE)}}
+    replace_file(home / FACTS_FILE, lambda path: path.write_text(json.dumps(written, indent=1)))
     announce(f"benchmark: {len(results):,} answers in {len(planned)} cells, in {home / RESULTS_FILE}")
 
 
@@ -153,7 +170,9 @@ def _answer(config: BenchmarkConfig, planned: Sequence[Cell], files: CellFiles) 
     actors = min(workers.actors, len(missing))
     pool = ActorPool(
         [
-            ray.remote(Answerer).options(num_cpus=workers.cpus, num_gpus=workers.gpus).remote(workers)
+            ray.remote(Answerer)
+            .options(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=2, max_task_retries=2)
+            .remote(workers)
             for _ in range(actors)
         ]
     )
@@ -162,6 +181,11 @@ def _answer(config: BenchmarkConfig, planned: Sequence[Cell], files: CellFiles) 
         for key, answers in pool.map_unordered(lambda actor, cell: actor.keyed.remote(cell), missing):
             files.write(named[key], answers)
             meter.advance()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(frame: pd.DataFrame, schema: pa.Schema, path: Path) -> None:

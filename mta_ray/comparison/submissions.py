@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from mta_ray.comparison.results import label
-from mta_ray.lamp.tasks import Task, task_named
+from mta_ray.lamp.tasks import Task, normalise_label, task_named
 
 GOLDS = "golds.json"
 
 
-def write_submissions(folder: str | Path, results: pd.DataFrame) -> list[Path]:
+def write_submissions(
+    folder: str | Path, results: pd.DataFrame, labels: Mapping[str, Sequence[str]] | None = None
+) -> list[Path]:
     """The paths of DATASET/METHOD[+rag]-BUDGET-SEED.json and DATASET/golds.json under `folder`, written anew.
 
     Each is `{"task": "LaMP_2", "golds": [{"id": …, "output": …}]}`, by id. A query's id is its own where no two users
-    have it in common, else USER/QUERY.
+    have it in common, else USER/QUERY. An answer that is a label but for case and marks is written as the label, which
+    LaMP's scorer looks for; `labels`: by data set, where it has labels of its own.
     """
     home, paths = Path(folder), []
     for dataset, rows in results.groupby("dataset", sort=True):
@@ -33,6 +37,10 @@ def write_submissions(folder: str | Path, results: pd.DataFrame) -> list[Path]:
         is_own = bool((owners == 1).all())
         ids = rows["query_id"] if is_own else rows["user_id"] + "/" + rows["query_id"]
         rows = rows.assign(id=ids).sort_values("id")
+        if task.kind != "text":
+            known = {normalise_label(name): name for name in (labels or {}).get(str(dataset)) or task.labels}
+            for column in ("prediction", "gold"):
+                rows[column] = [known.get(normalise_label(str(text)), text) for text in rows[column]]
         for cell, answers in rows.groupby(["method", "rag", "budget", "seed"], sort=True):
             method, rag, budget, seed = cell
             path = place / f"{_file_name(label(method, rag))}-{budget}-{seed}.json"

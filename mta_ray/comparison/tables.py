@@ -43,7 +43,7 @@ def quality_rows(dataset: Mapping[str, Any], group: str) -> Rows:
         )
     ]
     for name, entry in dataset["budgets"].get(ALL, {}).items():
-        figures, costs = entry[group], entry["costs"]
+        figures, costs = entry[group], entry[group]["costs"]
         found.append(
             (
                 name,
@@ -88,18 +88,19 @@ def ablation_rows(dataset: Mapping[str, Any], group: str) -> Rows:
     if not dataset["ablations"]:
         return []
     primary = dataset["primary"]
-    found: Rows = [("changed", primary, f"difference to {OURS}", "p (Holm)", "kept", "time")]
+    found: Rows = [("changed", primary, f"difference to {OURS}", "p (Holm)", "spread", "kept", "time")]
     whole = dataset["budgets"].get(ALL, {})
     entries = {"nothing": whole[OURS]} if OURS in whole else {}
     entries |= {name.removeprefix(ABLATED): entry for name, entry in dataset["ablations"].items()}
     for name, entry in entries.items():
-        figures, costs = entry[group], entry["costs"]
+        figures, costs = entry[group], entry[group]["costs"]
         found.append(
             (
                 name,
                 words.number(figures["metrics"][primary]),
                 "" if name == "nothing" else difference(figures, OURS),
                 p_value(figures),
+                words.number(figures["spread_over_seeds"][primary]),
                 words.size(costs["bytes_per_user"]),
                 words.duration(costs["seconds_per_user"]),
             )
@@ -108,10 +109,11 @@ def ablation_rows(dataset: Mapping[str, Any], group: str) -> Rows:
 
 
 def cost_rows(dataset: Mapping[str, Any]) -> Rows:
-    """What each method costs with the whole history."""
+    """What each method costs with the whole history, over all tested users."""
+    group = groups_of(dataset)[-1]
     found: Rows = [("method", "kept per user", "time per user", "training", "its bank", "tokens/s")]
     for name, entry in dataset["budgets"].get(ALL, {}).items():
-        costs = entry["costs"]
+        costs = entry[group]["costs"]
         speed = costs["decode_tokens_per_s"]
         found.append(
             (
@@ -153,7 +155,20 @@ def markdown(report: Mapping[str, Any]) -> str:
         ):
             text += [f"### {title}", _markdown_table(rows)] if rows else []
     text += ["## Leaks", _markdown_table(leak_rows(report["datasets"])), _how(report)]
+    text += ["## Made with", _markdown_table(made_rows(report))] if report["settings"] else []
     return "\n\n".join(text) + "\n"
+
+
+def made_rows(report: Mapping[str, Any]) -> Rows:
+    """The settings that a reader asks for first; `report.json` has all of them."""
+    found: Rows = [("setting", "value")]
+    for name, path in _SHOWN.items():
+        here: Any = report["settings"]
+        for part in path.split("."):
+            here = here.get(part) if isinstance(here, Mapping) else None
+        if here is not None:
+            found.append((name, ", ".join(map(str, here)) if isinstance(here, list) else str(here)))
+    return found + [(library, version) for library, version in report["versions"].items()]
 
 
 def said_of(dataset: Mapping[str, Any]) -> str:
@@ -179,7 +194,7 @@ def terminal_table(name: str, dataset: Mapping[str, Any]) -> Table:
     for head in (primary, "gain\n[95% interval]", f"p to\n{OURS}", "kept\n/user", "time\n/user"):
         shown.add_column(head, justify="right", no_wrap=True)
     for method, entry in dataset["budgets"][ALL].items():
-        figures, costs = entry[group], entry["costs"]
+        figures, costs = entry[group], entry[group]["costs"]
         gained = "" if method == BASELINE else difference(figures, BASELINE, digits=2)
         style = {"better": "green", "worse": "red"}.get(words.verdict(_as_gain(figures, BASELINE)), "dim")
         shown.add_row(
@@ -240,6 +255,21 @@ def _as_gain(figures: Mapping[str, Any], over: str) -> dict[str, Any]:
     return {"gain": interval["mean"], "ci95_of_gain": ends}
 
 
+_SHOWN = {
+    "base model": "materials.base.base_model",
+    "how it learns the task": "materials.base.mode",
+    "encoder": "materials.embed.encoder",
+    "simulated people": "materials.users",
+    "seed of the simulated world": "materials.world.seed",
+    "anchors": "materials.bank.anchors",
+    "steps of an anchor": "materials.bank.train.steps",
+    "rank of an anchor": "materials.bank.train.rank",
+    "anchors of a user": "settings.fusion.k",
+    "temperature": "settings.fusion.temperature",
+    "rank of a stack": "settings.stack.rank",
+    "steps of a stack": "settings.stack.steps",
+    "seeds": "seeds",
+}
 _KIND_HEADS = tuple(f"in {kind.replace('_', ' ')}" for kind in KINDS)
 
 
@@ -247,7 +277,9 @@ def _how(report: Mapping[str, Any]) -> str:
     return (
         f"Brackets: 95% percentile intervals, {report['samples']} bootstrap samples of users. Gains and differences "
         f"are means over users. p: sign-flip test of users' mean differences to {OURS}, Holm-corrected over the "
-        f"methods of the table; * below {ALPHA:g}. Spread: standard deviation over seeds. Seeds are averaged first."
+        f"methods of the table; * below {ALPHA:g}. Users who are one user over again are resampled, and flipped, as "
+        "one. Seeds are averaged first; intervals and p are of users and leave out the chance that all of them share, "
+        "a bank's draw: that is in the spread, the standard deviation over seeds, where there are several."
     )
 
 

@@ -11,7 +11,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from mta_ray.artifacts import ArtifactError, Manifest, copy_artifact, folder_names, read_manifest, remove_artifact
+from mta_ray.artifacts import (
+    ArtifactError,
+    Manifest,
+    copy_artifact,
+    folder_names,
+    inspected,
+    read_manifest,
+    remove_artifact,
+)
 from mta_ray.object_store import told
 
 log = logging.getLogger(__name__)
@@ -75,9 +83,18 @@ class BankStore:
         return self.path(found[0])
 
     def put(self, path: str | Path) -> tuple[str, bool]:
-        """Take a bank artifact in; its version, and whether it was not there already. What is there stays as it is."""
+        """Take a bank artifact in; its version, and whether it was not there already. What is whole stays as it is; a
+        damaged copy gives way to a good one."""
         version = version_of(read_manifest(path, kind="bank").hash)
-        return version, copy_artifact(path, self.path(version), kind="bank")
+        place = self.path(version)
+        if copy_artifact(path, place, kind="bank"):
+            return version, True
+        with inspected(place, kind="bank") as (_, problems):
+            is_whole = not problems
+        if is_whole:
+            return version, False
+        remove_artifact(place, kind="bank")
+        return version, copy_artifact(path, place, kind="bank")
 
     def to_prune(self, keep: int, *, published: Collection[str] = ()) -> list[BankVersion]:
         """The versions beyond the newest `keep`, oldest first, but for artifacts whose hash is in `published`."""

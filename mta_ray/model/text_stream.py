@@ -18,6 +18,8 @@ class TextStream:
     """Anything with the `decode` of transformers' tokenizers."""
     stops: Sequence[str] = ()
     """The text ends before the first of these, wherever in a token it begins."""
+    strips: bool = False
+    """The text begins with its first character that is no space; stop strings are looked for after that."""
     is_stopped: bool = False
     """A stop string came: cancel the request, nothing more will be returned."""
     _ids: list[int] = field(default_factory=list)
@@ -56,6 +58,9 @@ class TextStream:
         return text
 
     def _checked(self, new: str, *, is_end: bool) -> str:
+        if self.strips:
+            new = new.lstrip()
+            self.strips = not new
         text = self._held + new
         places = [place for stop in self.stops if stop and (place := text.find(stop)) >= 0]
         if places:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mta_ray.artifacts import ArtifactError, is_current, jsonable, located, read_manifest, refuse_stranger
-from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.cluster import ClusterConfig, check_room, connect
 from mta_ray.lora.bank import assemble, save_bank
+from mta_ray.object_store import told
 from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import encode
 from mta_ray.personalize.train_config import TrainConfig
@@ -108,11 +109,11 @@ def build_bank(config: BuildBankConfig) -> str:
     table = read_embeddings(config.embeddings, users=users.hash)
     settings = {k: v for k, v in jsonable(config).items() if k not in PLACING}
     inputs = {"users": users.hash, "embeddings": table.hash, "base": base.hash}
-    key = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([settings, inputs, *_rebuilds(config)], sort_keys=True).encode()).hexdigest()
     files = AdapterFiles(root=adapter_folder(config.out), key=key)
     if not config.force and is_current(config.out, kind="bank", settings=settings, inputs=inputs):
         files.remove()  # where a run was stopped between the bank and the end
-        log.info("bank: %s is current, nothing to do", config.out)
+        log.info("bank: %s is current, nothing to do", told(config.out))
         return config.out
 
     # 1. anchors
@@ -122,9 +123,6 @@ def build_bank(config: BuildBankConfig) -> str:
     log.info("bank: %d anchors of %d users", len(ids), len(table.user_ids))
 
     with files.locked():
-        if config.force:
-            files.remove()
-
         # 2. adapters that are missing, and those that turn out to be damaged when they are read
         failed = _train_missing(config, files, ids, inputs)
         if damaged := [
@@ -155,12 +153,24 @@ def build_bank(config: BuildBankConfig) -> str:
         )
         save_bank(bank, config.out, settings=settings, inputs=inputs)
         files.remove()
-    log.info("bank: %d anchors, %.1f MiB, in %s", len(bank), bank.bytes / 2**20, config.out)
+    log.info("bank: %d anchors, %.1f MiB, in %s", len(bank), bank.bytes / 2**20, told(config.out))
     if others := files.others():
         log.info(
-            "bank: adapters of %d other settings lie in %s still; remove it if you want none", len(others), files.root
+            "bank: adapters of %d other settings lie in %s still; remove it if you want none",
+            len(others),
+            told(files.root),
         )
     return config.out
+
+
+def _rebuilds(config: BuildBankConfig) -> list[str]:
+    """With `force`, which bank is built anew: until another one is in its place, what is finished for that is kept."""
+    if not config.force:
+        return []
+    try:
+        return [read_manifest(config.out, kind="bank").created_at]
+    except ArtifactError:
+        return []
 
 
 def _train_missing(
@@ -178,6 +188,12 @@ def _train_missing(
     if finished:
         log.info("bank: %d of %d adapters are there already", len(finished), len(ids))
     with connect(config.cluster):
+        group = config.group
+        check_room(
+            config.cluster,
+            cpus=group.workers * max(1, group.cpus_per_worker),
+            gpus=group.workers * group.gpus_per_worker,
+        )
         collect_histories(config.users, ids, files.histories, inputs=inputs)
         return train_adapters(_plan(config, files, len(missing)), missing, len(finished))
 

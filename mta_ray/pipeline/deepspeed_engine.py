@@ -51,16 +51,12 @@ class _DeepSpeed:
 
         # Below stage 3 DeepSpeed need not see the frozen base: nothing of it is sent, cast or hooked.
         seen = model if self._is_sharded else nn.ParameterList(self.trainable)
+        is_bf16 = any(p.dtype == torch.bfloat16 for p in seen.parameters())
+        config = _settings(zero_stage=zero_stage, is_bf16=is_bf16, max_grad_norm=max_grad_norm, offload=offload)
+        if self._is_sharded:
+            self._share_out(seen, config, is_bf16)
         self.engine, *_ = self.deepspeed.initialize(
-            model=seen,
-            model_parameters=self.trainable,
-            optimizer=optimizer,
-            config=_settings(
-                zero_stage=zero_stage,
-                is_bf16=any(p.dtype == torch.bfloat16 for p in seen.parameters()),
-                max_grad_norm=max_grad_norm,
-                offload=offload,
-            ),
+            model=seen, model_parameters=self.trainable, optimizer=optimizer, config=config
         )
         if self._is_sharded:
             self._gather_slots_with_their_layers()
@@ -97,6 +93,19 @@ class _DeepSpeed:
         if not self._is_sharded:
             return nullcontext()
         return self.deepspeed.zero.GatheredParameters(self.trainable, modifier_rank=0)  # type: ignore[no-any-return]
+
+    def _share_out(self, model: nn.Module, config: dict[str, Any], is_bf16: bool) -> None:
+        """Shard the model one parameter at a time: `initialize` would first put all of it on this worker's device, and
+        that need not hold it. A model that comes sharded from an engine before stays as it is."""
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            return
+        if is_bf16:  # as `initialize` does with a model that comes whole
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+        self.deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        device = self.deepspeed.get_accelerator().current_device_name()
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
 
     def _gather_slots_with_their_layers(self) -> None:
         # A layer reads its shelves' parameters without calling the shelves, which is where ZeRO 3 would gather them. It

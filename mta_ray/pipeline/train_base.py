@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
-from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.cluster import ClusterConfig, check_room, connect
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lora.adapter import Adapter, save_peft
 from mta_ray.model.backbone import EMBEDDED, RoutedModel, load_backbone
@@ -119,7 +119,12 @@ def train_base(config: TrainBaseConfig) -> str:
         if config.mode == "none":
             report = {"fingerprint": _fingerprint(config), "losses": []}
         else:
-            board = open_board()
+            board, group = open_board(), config.group
+            check_room(
+                config.cluster,
+                cpus=group.workers * max(1, group.cpus_per_worker),
+                gpus=group.workers * group.gpus_per_worker,
+            )
             with follow(board, PROGRESS, config.train.steps, "steps"):
                 cpus = cpus_per_worker(config.group, groups=1)
                 settings_of_loop = {"config": config, "out": str(draft.path), "board": board}
@@ -148,10 +153,9 @@ def _loop(settings: dict[str, Any]) -> None:
     facts = open_artifact(config.users, kind="users", verify=False).facts
     wording = Wording(task=task_named(facts["task"]), labels=tuple(facts["labels"]), prompts=config.prompts)
 
-    # 1. the model, and the teachers' examples
-    backbone = load_backbone(
-        config.base_model, dtype=config.dtype, device=config.group.device, quantization=config.quantization
-    )
+    # 1. the model, and the teachers' examples; what is to be sharded over devices need not fit one
+    device = "cpu" if config.group.zero_stage == 3 else config.group.device
+    backbone = load_backbone(config.base_model, dtype=config.dtype, device=device, quantization=config.quantization)
     examples = tokenised(backbone, _examples(config, wording))
 
     def on_step(step: int) -> None:

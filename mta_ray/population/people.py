@@ -184,8 +184,9 @@ def _review(config: WorldConfig, taste: ndarray, rng: np.random.Generator) -> tu
     signs = rng.choice([-1, 1], size=3)
     a, b, c = (_pick(rng, words.ASPECTS[aspects[i]][0 if s > 0 else 1]) for i, s in zip(shown, signs, strict=True))
     content = _pick(rng, words.REVIEW_TEMPLATES).format(
-        a=a, b=b, c=c, product=_pick(rng, words.PRODUCTS), when=_pick(rng, words.FILLERS)
-    )
+        a=a, b=b, c=c, product=_pick(rng, words.PRODUCTS), when=_pick(rng, words.FILLERS),
+        who=_pick(rng, words.PEOPLE), number=int(rng.integers(2, 100)),
+    )  # fmt: skip
     weight = np.exp(1.5 * taste[shown])
     best = str(int(np.clip(np.rint(3 + 2 * (weight * signs).sum() / weight.sum()), 1, 5)))
     is_noise = rng.random() < config.answer_noise
@@ -201,6 +202,10 @@ def _article(config: WorldConfig, taste: ndarray, rng: np.random.Generator) -> t
         "reason": _pick(rng, words.REASONS),
         "where": where,
         "place": where.split(" ", 1)[1],
+        "who": _pick(rng, words.PEOPLE),
+        "when": _pick(rng, words.FILLERS),
+        "month": _pick(rng, words.MONTHS),
+        "day": int(rng.integers(1, 29)),
     }
     content = _pick(rng, words.ARTICLE_TEMPLATES).format(**facts)
     order = np.argsort(-taste)

@@ -159,10 +159,10 @@ ASPECTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """What a review speaks of, said well and said badly."""
 PRODUCTS = ("lamp", "kettle", "backpack", "headset", "jacket", "blender", "watch", "tent", "keyboard", "chair")
 REVIEW_TEMPLATES = (
-    "this {product}: {a}, {b}, {c}",
-    "bought the {product} {when}. {a} but also {b}. {c}",
-    "{a}. {b}. {c}. that is my {product}",
-    "my new {product} has {a} and {b}, plus {c}",
+    "this {product}, {number} days old: {a}, {b}, {c}. {who} used it {when}",
+    "bought the {product} {when}. {a} but also {b}. {c}. {who} has had it for {number} days",
+    "{a}. {b}. {c}. that is my {product} after {number} days, {when}, with {who}",
+    "my new {product} has {a} and {b}, plus {c}, said {who} {when} after {number} days",
 )
 
 SUBJECTS = (
@@ -200,9 +200,23 @@ REASONS = (
     "as winter comes",
 )
 ARTICLE_TEMPLATES = (
-    "{subject} {where} {event} {reason}",
-    "{reason}, {subject} {event} {where}, people say",
-    "reports from {place}: {subject} {event} {reason}",
+    "{subject} {where} {event} {reason}, {who} told us {when} on {month} {day}",
+    "{month} {day}: {reason}, {subject} {event} {where}, {who} says, and {when} more is known",
+    "reports from {place}, {month} {day}: {subject} {event} {reason}. {who} saw it {when}",
+)
+MONTHS = (
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
 )
 HEADLINE_STYLES = (
     "{subject} {event}",

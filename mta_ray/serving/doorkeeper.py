@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
+from urllib.parse import urlsplit
 
 from fastapi import Request
 
@@ -34,7 +35,10 @@ class Doorkeeper:
             self._look_again_s = time.monotonic() + LOOKED_AT_S
         if not self._has_keys:
             if not _is_local(request):
-                message = "no API key is configured, so only this machine is served; make one with `mta keys make`"
+                message = (
+                    "no API key is configured, so only this machine is served, by the name of localhost; make one with "
+                    "`mta keys make`"
+                )
                 raise BadRequest(message, status=403, code="no_key_configured")
             return self._local_tenant
         if scheme.lower() != "bearer" or not secret:
@@ -68,7 +72,25 @@ class Doorkeeper:
 
 
 def _is_local(request: Request) -> bool:
+    """Whether this machine asks itself: no proxy that others reach, no web page of elsewhere (DNS rebinding too)."""
+    origin = request.headers.get("origin")
+    return (
+        request.client is not None
+        and _is_loopback(request.client.host)
+        and _is_loopback(_host_of(f"//{request.headers.get('host', '')}"))
+        and (origin is None or _is_loopback(_host_of(origin)))
+    )
+
+
+def _host_of(url: str) -> str:
     try:
-        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

@@ -14,10 +14,10 @@ class Speaker:
     def __init__(self, prompts: Prompts, ask: Ask) -> None:
         self.tokens = 0
         self._tokenizer = prompts.backbone.tokenizer
-        self._stream = TextStream(self._tokenizer, ask.stops)
-        self._wants_logprobs = ask.sampling.logprobs is not None
         # A worded question ends with a colon, and its answer begins with a space.
-        self._strips = ask.text is None and prompts.chat == "task"
+        strips = ask.text is None and prompts.chat == "task"
+        self._stream = TextStream(self._tokenizer, ask.stops, strips=strips)
+        self._wants_logprobs = ask.sampling.logprobs is not None
 
     def part(self, piece: Piece) -> Part | None:
         """What can be sent after this piece; none where no text is certain yet."""
@@ -35,9 +35,6 @@ class Speaker:
             finish = "length" if piece.finish == "length" else "stop"
         if self._stream.is_stopped:
             finish = "stop"
-        if self._strips:
-            text = text.lstrip()
-            self._strips = not text
         if not text and not told and finish is None:
             return None
         return Part(text=text, tokens=self.tokens, told=told, finish=finish)

@@ -38,7 +38,7 @@ def made_results(dataset: str, task_name: str, seed: int) -> pd.DataFrame:
                         wrong = answers[(n + query + 1) % len(answers)]
                         said = gold if generator.random() < right else wrong
                         rows.append((
-                            dataset, task.name, method, rag, budget, number, user_id, f"q{n}-{query}",
+                            dataset, task.name, method, rag, budget, number, user_id, user_id, f"q{n}-{query}",
                             items if budget == "all" else min(items, int(budget)), items, n < 5, f"{n:08x}{query:08x}",
                             gold, said, query_score(task, said, gold),
                         ))  # fmt: skip

@@ -8,7 +8,7 @@ from benchmark_rows import made_results
 
 from mta_ray.comparison.judge import BenchmarkFacts
 from mta_ray.comparison.leaks import Leaks
-from mta_ray.comparison.results import SPENT
+from mta_ray.comparison.results import GROUPS, SPENT
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,14 @@ def costs(results) -> pd.DataFrame:
     cells = results[["dataset", "method", "rag", "budget", "seed"]].drop_duplicates(ignore_index=True)
     sizes = cells["method"].map({"mta": 4000.0, "zebra": 90.0, "mta:k=1": 3000.0}).fillna(0.0)
     spent = {name: sizes + cells["seed"] for name in SPENT} | {"decode_tokens_per_s": float("nan")}
-    return cells.assign(**spent)
+    found = cells.assign(**spent)
+    return pd.concat(
+        [
+            found.assign(group=group, bytes_per_user=found["bytes_per_user"] + 100 * place)
+            for place, group in enumerate(GROUPS)
+        ],
+        ignore_index=True,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def test_the_page_shows_every_method_and_no_user(home):
 def test_tables_are_as_wide_as_their_headings(home):
     blocks = (home / "table.md").read_text().split("\n\n")
     tables = [block.splitlines() for block in blocks if block.startswith("|")]
-    assert len(tables) == 5 + 1  # those of the pictures but for bytes, and leaks
+    assert len(tables) == 5 + 1 + 1  # those of the pictures but for bytes, leaks, settings
     for table in tables:
         assert len({line.count(" | ") for line in table}) == 1
 
@@ -77,7 +77,7 @@ def test_a_row_says_what_was_judged(report):
 
 def test_the_frontier_holds_what_nothing_cheaper_beats():
     def entry(kept: float, quality: float) -> dict:
-        return {"costs": {"bytes_per_user": kept}, "few_shot": {"metrics": {"mae": quality}}}
+        return {"few_shot": {"costs": {"bytes_per_user": kept}, "metrics": {"mae": quality}}}
 
     methods = {
         "mta": entry(100, 0.3),
@@ -102,6 +102,18 @@ def test_submissions_score_as_the_tables_say(home, report):
         assert said["task"] == golds["task"] and [row["id"] for row in said["golds"]] == list(answers)
     found = score(task, [row["output"] for row in said["golds"]], list(answers.values()))
     assert found == pytest.approx(judged["ablations"]["mta:k=1"]["all"]["metrics"])
+
+
+def test_submissions_say_labels_as_lamps_scorer_compares_them_letter_by_letter(tmp_path, results):
+    """As a tokenizer gives them back: in lower case, marks set apart."""
+    rows = results[results["dataset"] == "movies"]
+    worn = rows.assign(prediction=rows["prediction"].str.replace("-", " - ").str.upper() + " ")
+    write_submissions(tmp_path, worn.assign(prediction=worn["prediction"].where(rows["seed"] != 2, "no tag")))
+    golds = json.loads((tmp_path / "movies" / "golds.json").read_text())["golds"]
+    said = json.loads((tmp_path / "movies" / "oracle-all-0.json").read_text())["golds"]
+    assert [row["output"] for row in said] == [row["output"] for row in golds]
+    unknown = json.loads((tmp_path / "movies" / "zebra-all-2.json").read_text())["golds"]
+    assert {row["output"] for row in unknown} == {"no tag"}
 
 
 def test_ids_that_users_share_are_told_apart(tmp_path, results):

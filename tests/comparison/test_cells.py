@@ -33,11 +33,12 @@ USERS = [
 @pytest.fixture
 def cell(tmp_path: Path) -> Cell:
     with publish(tmp_path / "tested", kind=TESTED, settings={}, inputs={}) as draft:
+        draft.facts["encode_s"] = {"all": 0.5}
         pq.write_table(to_table(USERS), draft.path / "users.parquet")
         pq.write_table(pa.table({"all": [[0.0]] * 3}), draft.path / "vectors.parquet")
     return Cell(
         dataset="films", recipe=Recipe(name="oppu", own=TrainConfig()), rag=False, budget="all", seed=0, whole=True,
-        tested=str(tmp_path / "tested"), base="/base", users_per_pack=16, inputs=("a", "b"),
+        tested=str(tmp_path / "tested"), base="/base", users_per_pack=16, inputs=("a", "b"), devices=2,
     )  # fmt: skip
 
 
@@ -67,13 +68,29 @@ def test_users_whom_the_budget_leaves_all_items_are_answered_as_with_the_whole_h
         ["all", "middle", "comedy", 1.0, 10, 10, True],
         ["all", "short", "action", 0.0, 2, 2, True],
     ]
-    spent = costs.set_index("budget")
-    assert spent.loc["10", ["bytes_per_user", "seconds_per_user", "training_device_seconds"]].tolist() == [20, 2, 6]
-    assert spent.loc["all", "training_device_seconds"] == 3 and spent.loc["10", "decode_tokens_per_s"] == 15
+    spent = costs.set_index(["budget", "group"])
+    names = ["bytes_per_user", "seconds_per_user", "training_device_seconds"]
+    assert spent.loc[("10", "all"), names].tolist() == [20, 2, 12]  # seconds of two devices
+    assert spent.loc[("10", "few_shot"), names].tolist() == [10, 1, 4]
+    assert spent.loc[("10", "rest"), names].tolist() == [40, 4, 8]
+    assert spent.loc[("all", "all"), "training_device_seconds"] == 6
+    assert spent.loc[("10", "all"), "decode_tokens_per_s"] == 15
+
+
+def test_what_reads_no_history_is_answered_once_for_all_budgets(cell) -> None:
+    bare = replace(cell, recipe=Recipe(name="non_personalised", rag="never"))
+    for one, asked in (
+        (replace(bare, budget="1"), []),
+        (bare, ["long", "middle", "short"]),
+        (replace(bare, budget="1", rag=True), ["long", "middle", "short"]),
+        (replace(cell, budget="10"), ["long"]),
+        (replace(cell, budget="1", whole=False), ["long", "middle", "short"]),
+    ):
+        assert [user.id for user in USERS if one.asks(user)] == asked
 
 
 def test_a_cells_name_is_of_what_decides_its_answers(cell) -> None:
-    same = replace(cell, tested="/elsewhere", base="/b", bank_device_seconds=5.0, pooled_device_seconds=5.0)
+    same = replace(cell, tested="/elsewhere", base="/b", bank_device_seconds=5.0, pooled_device_seconds=5.0, devices=3)
     assert same.key == cell.key
     others = [
         replace(cell, seed=1),
@@ -82,6 +99,7 @@ def test_a_cells_name_is_of_what_decides_its_answers(cell) -> None:
         replace(cell, whole=False),
         replace(cell, users_per_pack=8),
         replace(cell, inputs=("a", "c")),
+        replace(cell, made_by=("torch 3",)),
         replace(cell, recipe=replace(cell.recipe, own=TrainConfig(steps=61))),
     ]
     assert len({one.key for one in (cell, *others)}) == len(others) + 1
@@ -102,5 +120,5 @@ def test_answers_to_other_questions_are_refused(cell, tmp_path) -> None:
         collect([cell], files, {"films": WORDING})
     said = answers({"long": "comedy", "short": "action", "middle": "comedy"}, kept=1.0, seconds=1.0)
     files.write(cell, replace(said, rows=[(u, q, "0" * 16, text) for u, q, _, text in said.rows]))
-    with pytest.raises(AssertionError, match="another question"):
+    with pytest.raises(ValueError, match="another question"):
         collect([cell], files, {"films": WORDING})

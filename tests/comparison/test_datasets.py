@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mta_ray.artifacts import open_artifact, publish
-from mta_ray.comparison.datasets import DataSet, cut, is_cut, join_teachers, parse_datasets, prompt_hash
+from mta_ray.comparison.datasets import DataSet, Subjects, cut, is_cut, join_teachers, parse_datasets, prompt_hash
 from mta_ray.lamp.users import Query, User, to_table
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.split import SplitConfig, split_users
@@ -85,12 +86,28 @@ def test_data_sets_are_named_and_their_files_joined() -> None:
     ]
 
 
+def test_a_budgets_digest_is_of_what_it_leaves_alone() -> None:
+    users = [simulate_user(WorldConfig(seed=3, max_items=20), number) for number in range(4)]
+    means = {budget: np.full((4, 2), value, np.float32) for budget, value in (("all", 1.0), ("1", 2.0), ("5", 3.0))}
+    one = Subjects(users=users, means=means, encode_s={})
+    fewer = replace(one, means={"all": means["all"], "1": means["1"]}, encode_s={"all": 1.0})
+    assert one.digest("1") == fewer.digest("1") != one.digest("all") == fewer.digest("all")
+    moved = replace(one, means=means | {"1": means["1"] + 1})
+    assert moved.digest("1") != one.digest("1") and moved.digest("5") == one.digest("5")
+    first, *others = users
+    other = replace(one, users=[replace(first, history=first.history[1:]), *others])  # its oldest item is gone
+    assert len(first.history) > 1 and other.digest("1") == one.digest("1") and other.digest("all") != one.digest("all")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (((), (), ()), "no data set"),
         (((), ("news.json",), ()), "files are given as NAME=TASK:PATH"),
         (((), ("a=LaMP-4:x", "a=LaMP-2:y"), ()), "one name, one task"),
+        (((), ("a b=LaMP-4:x",), ()), "a data set cannot be called 'a b'"),
+        (((), ("../a=LaMP-4:x",), ()), "a data set cannot be called"),
+        ((("movie_tagging",), ("simulated_movie_tagging=LaMP-2M:x",), ()), "a data set cannot be called"),
         ((("movie_tagging",), (), ("a=x",)), "teachers of 'a'"),
         (((), ("a=LaMP-1:x",), ("a=simulated",)), "task citation cannot be simulated"),
     ],

@@ -113,7 +113,7 @@ def test_a_texts_metrics_are_lamps():
     headlines = made_results("news", "news_headline", 3)
     spent = headlines[["dataset", "method", "rag", "budget", "seed"]].drop_duplicates()
     none = dict.fromkeys(("bytes_per_user", "seconds_per_user", "training_device_seconds"), 0.0)
-    spent = spent.assign(**none, bank_device_seconds=0.0, decode_tokens_per_s=1.0)
+    spent = spent.assign(**none, bank_device_seconds=0.0, decode_tokens_per_s=1.0, group="rest")
     found = judge(headlines, spent, facts_of({}), samples=20)["datasets"]["news"]["budgets"]["all"]["zebra"]["rest"]
     rows = headlines[(headlines["method"] == "zebra") & ~headlines["few_shot"]]
     wanted = score(task_named("news_headline"), rows["prediction"].tolist(), rows["gold"].tolist())
@@ -133,8 +133,9 @@ def test_labels_of_the_data_set_are_those_of_its_f1(results, costs, facts, judge
 
 def test_costs_are_means_over_seeds_and_all_of_it_is_json(judged, facts):
     movies = judged["datasets"]["movies"]
-    assert movies["budgets"]["all"]["mta"]["costs"]["bytes_per_user"] == 4001.0
-    assert movies["budgets"]["all"]["mta"]["costs"]["decode_tokens_per_s"] is None
+    mta = movies["budgets"]["all"]["mta"]
+    assert [mta[group]["costs"]["bytes_per_user"] for group in ("few_shot", "rest", "all")] == [4001.0, 4101.0, 4201.0]
+    assert mta["all"]["costs"]["decode_tokens_per_s"] is None
     assert (movies["users"], movies["few_shot_users"], movies["queries"], movies["seeds"]) == (9, 5, 18, [0, 1, 2])
     assert movies["leaks"]["kinds"]["teacher_profile"] == 2 and judged["datasets"]["ratings"]["leaks"] is None
     assert json.loads(json.dumps(judged, allow_nan=False)) == judged
@@ -143,6 +144,21 @@ def test_costs_are_means_over_seeds_and_all_of_it_is_json(judged, facts):
 
 def test_the_order_of_rows_changes_nothing(results, costs, facts, judged):
     assert judge(results.sample(frac=1, random_state=1), costs, facts, samples=300, seed=3) == judged
+
+
+def test_users_who_are_one_user_over_again_make_nothing_surer(results, costs, facts, judged):
+    """Everybody stands there twice: the same figures, intervals and tests, over as many people."""
+    twins = results.assign(user_id=results["user_id"] + " again", query_id=results["query_id"] + " again")
+    found = judge(pd.concat([results, twins], ignore_index=True), costs, facts, samples=300, seed=3)
+    for name, entry in found["datasets"]["movies"]["budgets"]["all"].items():
+        once = judged["datasets"]["movies"]["budgets"]["all"][name]
+        for group in ("few_shot", "all"):
+            assert entry[group]["users"] == 2 * once[group]["users"]
+            assert entry[group]["people"] == once[group]["people"] == once[group]["users"]
+            for per in ("per_query", "per_user"):
+                for what, interval in once[group][per].items():
+                    assert entry[group][per][what] == pytest.approx(interval)
+            assert entry[group].get("p") == pytest.approx(once[group].get("p"))
 
 
 def test_one_user_has_figures_but_no_interval(results, costs, facts):
@@ -166,6 +182,7 @@ def changed(results: pd.DataFrame, column: str, value) -> pd.DataFrame:
         (lambda r: changed(r, "prompt_hash", "0"), "prompt_hash is not one for the same user_id and query_id"),
         (lambda r: changed(r, "gold", "2"), "gold is not one"),
         (lambda r: changed(r, "few_shot", True), "few_shot is not one for the same user_id"),
+        (lambda r: changed(r, "person", "x"), "person is not one for the same user_id"),
         (lambda r: changed(r, "history_items", 3), "history_items is not one for the same user_id and budget"),
         (lambda r: changed(r, "user_id", "somebody"), "questions"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mta_ray.comparison.leaks import check_leaks, find_leaks
+from mta_ray.comparison.leaks import check_leaks, find_leaks, persons
 from mta_ray.lamp.users import HistoryItem, Query, User
 
 
@@ -29,6 +29,18 @@ TEACHERS = [
     user("t", {"taught": "romance", "other": "action"}, {}),
     user("u", {"taught": "comedy"}, {"asked of a teacher": "comedy"}),
 ]
+
+
+def test_users_who_are_one_user_over_again_are_one_person():
+    films = {f"film {n}": "action" for n in range(8)}
+    people = [
+        user("a", dict(list(films.items())[:5]), {}),
+        user("b", films, {}),  # holds all of a's
+        user("c", {"own 1": "action", "own 2": "action"} | dict(list(films.items())[:2]), {}),  # two are not enough
+        user("d", dict(list(films.items())[4:]), {}),  # b's; so a's too, though a and d share one alone
+        user("e", {}, {}),
+    ]
+    assert persons(people) == {"a": "a", "b": "a", "c": "c", "d": "a", "e": "e"}
 
 
 def test_every_kind_is_counted():

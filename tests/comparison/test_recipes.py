@@ -75,12 +75,23 @@ def test_cells_are_methods_times_seeds_and_some_of_them_times_budgets() -> None:
     assert len(found) == len(set(found))
 
 
+def test_budgets_with_rag_and_seeds_of_ablations_can_be_had() -> None:
+    config = PlanConfig(
+        methods=("non_personalised", "mta"), budgets=("1", "all"), budget_methods=("mta",), seeds=(3, 4),
+        budget_rag=True, ablations=True, ablation_seeds=2,
+    )  # fmt: skip
+    found = [(e.recipe.name, e.rag, e.budget, e.seed) for e in entries(config)]
+    assert ("mta", True, "1", 3) in found and ("mta", False, "1", 3) in found
+    assert {seed for name, _, _, seed in found if name == "mta:k=1"} == {3, 4}
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"methods": ("non_personalised", "mtaa")}, "no method is called 'mtaa'"),
         ({"methods": ("mta",)}, "methods must hold non_personalised"),
         ({"budgets": ("1", "many", "all")}, "a budget is a number of items or all, got 'many'"),
+        ({"budgets": ("1", "01", "all")}, "a budget is a number of items or all, got '01'"),
         ({"budgets": ("1", "2")}, "all, at which every method stands, must be among them"),
         ({"seeds": (1, 1)}, "seeds must name at least one, and each once"),
     ],

@@ -83,13 +83,17 @@ def test_every_method_has_answered_every_question_at_its_budgets(config) -> None
     assert said["oppu", False, "0"].tolist() == said["rag", True, "0"].tolist() == bare
     assert said["mta", False, "0"].tolist() == said["mta_fusion", False, "0"].tolist()
 
-    costs = pd.read_parquet(Path(config.out, "costs.parquet")).set_index(["method", "rag", "budget"])
+    costs = pd.read_parquet(Path(config.out, "costs.parquet"))
+    costs = costs[costs["group"] == "all"].set_index(["method", "rag", "budget"])
     assert len(costs) == len(cells)
     kept = costs["bytes_per_user"]
     assert kept["mta", False, "0"] == 4 * 3  # every anchor alike, no stack
     assert (
         kept["mta_fusion", False, "all"] == 4 * 2 < kept["mta_coefficients", False, "all"] < kept["mta", False, "all"]
     )
+    # who looks for anchors has encoded the items
+    seconds = costs["seconds_per_user"]
+    assert seconds["mta_fusion", False, "all"] > 1e-3 > seconds["random_anchors", False, "all"]
     assert (costs.loc["mta", "bank_device_seconds"] > 0).all() and (costs.loc["oppu", "bank_device_seconds"] == 0).all()
 
 
@@ -153,5 +157,8 @@ def test_a_report_can_be_made_anywhere_of_the_results_alone(config, tmp_path) ->
     benchmark(BenchmarkConfig(out=str(tmp_path), report_only=True))
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert (tmp_path / "report.json").read_bytes() == Path(config.out, "report.json").read_bytes()
+    (tmp_path / "costs.parquet").write_bytes(Path(config.out, "results.parquet").read_bytes())
+    with pytest.raises(ValueError, match="belongs to other results.parquet and costs.parquet"):
+        benchmark(BenchmarkConfig(out=str(tmp_path), report_only=True))
     with pytest.raises(ValueError, match="no finished benchmark"):
         benchmark(BenchmarkConfig(out=str(tmp_path / "nothing"), report_only=True))

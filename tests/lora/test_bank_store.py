@@ -13,6 +13,7 @@ from small_banks import saved
 
 from mta_ray.artifacts import ArtifactError, folder_names, open_artifact, read_manifest
 from mta_ray.lora.bank import load_bank
+from mta_ray.lora.bank_check import problems_of
 from mta_ray.lora.bank_store import BankStore, version_of
 from mta_ray.object_store import open_store
 
@@ -46,6 +47,21 @@ def test_the_same_bank_again_changes_nothing(store, tmp_path):
     version, _ = store.put(built_at(saved(tmp_path / "bank"), "2026-01-01T00:00:00+00:00"))
     assert store.put(built_at(saved(tmp_path / "again"), "2026-02-01T00:00:00+00:00")) == (version, False)
     assert store.versions()[0].manifest.created_at.startswith("2026-01-01")
+
+
+def test_a_damaged_version_gives_way_to_a_whole_one(store, tmp_path):
+    bank = saved(tmp_path / "bank")
+    version, _ = store.put(bank)
+    held = open_store(store.path(version)) if "://" in store.url else None
+    name = next(iter(json.loads((Path(bank) / "manifest.json").read_text())["files"]))
+    if held is None:
+        (Path(store.path(version)) / name).write_bytes(b"cut off")
+    else:
+        (folder,) = [one for one in held.names() if one != "manifest.json"]
+        held.write(f"{folder}/{name}", b"cut off")
+    assert problems_of(store.path(version))
+    assert store.put(bank) == (version, True)
+    assert not problems_of(store.path(version)) and store.put(bank) == (version, False)
 
 
 def test_other_content_never_lands_under_a_version(store, tmp_path):

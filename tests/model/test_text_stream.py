@@ -37,6 +37,14 @@ def test_pieces_together_are_the_text_before_the_first_stop(text, stops):
     assert stream.is_stopped == any(stop in text for stop in stops)
 
 
+@settings(deadline=None, max_examples=200)
+@given(st.text("a é\n", max_size=10), st.lists(st.text("a é\n", min_size=1, max_size=3), max_size=3))
+def test_what_is_stripped_stops_nothing(text, stops):
+    stream = TextStream(Bytes(), stops, strips=True)
+    sent = "".join(stream.push(byte) for byte in text.encode()) + stream.end()
+    assert sent == cut(text.lstrip(), stops)
+
+
 @pytest.mark.parametrize("text", ["unbelievably good films, mostly", "it's 5.0 (really)"])
 def test_word_pieces_keep_their_spaces(tiny_model, text):
     tokenizer = tiny_model().tokenizer

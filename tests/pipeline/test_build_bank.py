@@ -26,6 +26,7 @@ from mta_ray.personalize.merge_then_adapt import BANK, stack_users
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.personalize.training import train_pack
 from mta_ray.pipeline.adapt_users import ActorConfig, AdaptUsersConfig, adapt_users, packs_of, read_states
+from mta_ray.pipeline.bank.files import AdapterFiles
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import GroupConfig
@@ -128,6 +129,39 @@ def test_a_run_that_finds_a_finished_adapter_damaged_trains_that_one_alone(taugh
     for module in one.up:
         torch.testing.assert_close(one.up[module], other.up[module])
         assert one.up[module].any()
+
+
+def test_a_forced_bank_that_was_stopped_keeps_what_is_finished_and_once_done_begins_anew(taught, whole, spared):
+    config = replace(_bank_config(taught, "forced"), force=True)
+    shutil.copytree(whole, config.out)
+    shutil.copytree(spared, f"{config.out}.adapters")  # what the plain command finished is not for this one
+    first = _files_of_a_stopped_run(config)
+    (kept,) = spared.iterdir()
+    plain = AdapterFiles(root=str(spared), key=open_artifact(kept / "00000", kind="adapter").settings["key"])
+    for number in range(2):
+        first.publish(number, *plain.read(number))
+    assert _files_of_a_stopped_run(config) == first and first.finished(2) == {0, 1}
+
+    before = (Path(config.out) / "manifest.json").stat().st_ino
+    build_bank(config)  # all are finished
+    assert (Path(config.out) / "manifest.json").stat().st_ino != before
+    assert load_bank(config.out).anchor_ids == load_bank(whole).anchor_ids
+    assert not Path(first.folder).exists()
+    assert _files_of_a_stopped_run(config).key != first.key
+
+
+def _files_of_a_stopped_run(config: BuildBankConfig) -> AdapterFiles:
+    """Where a run that is stopped before it trains anything would have put its adapters."""
+    seen: list[AdapterFiles] = []
+
+    def stop(_: object, files: AdapterFiles, *__: object) -> None:
+        seen.append(files)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mta_ray.pipeline.build_bank._train_missing", stop)
+        build_bank(config)
+    return seen[0]
 
 
 def test_what_is_no_bank_is_not_replaced_and_nothing_is_trained_before_that_is_said(taught):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mta_ray.cluster import ClusterConfig, check_room
 from mta_ray.personalize.base_model import PromptConfig
 from mta_ray.personalize.merge_then_adapt import FusionConfig
 from mta_ray.personalize.searched_weights import SearchConfig
@@ -13,6 +14,15 @@ from mta_ray.pipeline.prepare_users import PrepareUsersConfig
 from mta_ray.pipeline.split import SplitConfig
 from mta_ray.pipeline.train_base import TrainBaseConfig
 from mta_ray.population.people import WorldConfig
+
+
+def test_a_group_that_this_machine_never_has_room_for_is_refused_instead_of_waiting(ray_local) -> None:
+    check_room(ClusterConfig(), cpus=2, gpus=0)
+    check_room(ClusterConfig(address="host:1"), cpus=999, gpus=9)  # may grow
+    for wanted, name in (({"cpus": 3, "gpus": 0}, "3 CPUs"), ({"cpus": 1, "gpus": 1}, "1 GPUs")):
+        with pytest.raises(ValueError, match=f"one training group wants {name}, and this machine's cluster has"):
+            check_room(ClusterConfig(), **wanted)
+
 
 NAN, INF = float("nan"), float("inf")
 

@@ -15,13 +15,21 @@ from mta_ray.serving.keys import Keys
 from mta_ray.serving.schema import BadRequest, Limits
 
 
-def request(client: str | None, *, key: str = "", chunks: Sequence[bytes] = ()) -> Request:
+def request(
+    client: str | None,
+    *,
+    key: str = "",
+    host: str | None = "localhost:8000",
+    origin: str | None = None,
+    chunks: Sequence[bytes] = (),
+) -> Request:
     left = list(chunks)
 
     async def receive() -> dict:
         return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
 
-    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    told = {"authorization": f"Bearer {key}" if key else None, "host": host, "origin": origin}
+    headers = [(name.encode(), value.encode()) for name, value in told.items() if value is not None]
     scope = {"type": "http", "client": client and (client, 1), "headers": headers}
     return Request(scope, receive)
 
@@ -49,6 +57,26 @@ def test_without_keys_only_this_machine_comes_in_and_with_one_nobody_without(key
     keys.revoke(key.split("_")[1])
     with pytest.raises(BadRequest):
         asyncio.run(door.tenant(request("127.0.0.1", key=key)))
+
+
+def test_without_keys_neither_a_proxy_nor_a_web_page_of_elsewhere_comes_in(keys: Keys) -> None:
+    door = Doorkeeper(keys, Limits(), local_tenant="home")
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000"):
+        for origin in (None, "http://localhost:3000", "https://127.0.0.1", "http://[::1]:1"):
+            assert asyncio.run(door.tenant(request("127.0.0.1", host=host, origin=origin))) == "home"
+    for host in ("api.example.com", "localhost.example.com", "evil@example.com", "0.0.0.0:8000", "[::1", "", None):
+        with pytest.raises(BadRequest) as refused:
+            asyncio.run(door.tenant(request("127.0.0.1", host=host)))
+        assert refused.value.status == 403
+    for origin in ("https://example.com", "null", "", "http://localhost.example.com", "http://[::1"):
+        with pytest.raises(BadRequest) as refused:
+            asyncio.run(door.tenant(request("127.0.0.1", origin=origin)))
+        assert refused.value.status == 403
+
+    key = keys.make("acme")
+    assert (
+        asyncio.run(door.tenant(request("10.0.0.1", key=key, host="x.example", origin="https://x.example"))) == "acme"
+    )
 
 
 def test_a_key_is_limited_and_another_one_is_not(keys: Keys) -> None:

@@ -112,6 +112,7 @@ class AdapterFiles:
         """Keep a finished adapter for good; its checkpoint goes."""
         tensors = {f"{module}.down": f.down.contiguous() for module, f in adapter.factors.items()}
         tensors |= {f"{module}.up": f.up.contiguous() for module, f in adapter.factors.items()}
+        self._make_way(self._adapter(number), ADAPTER)
         with publish(self._adapter(number), kind=ADAPTER, settings=self._settings(number), inputs={}) as draft:
             save_file(tensors, draft.path / "adapter.safetensors")
             draft.facts.update(scale=adapter.scale, losses=[float(loss) for loss in losses])
@@ -133,6 +134,7 @@ class AdapterFiles:
             for kind in _STATES
             for name, tensor in zip(names, getattr(state, kind), strict=True)
         }
+        self._make_way(self._checkpoint(number), CHECKPOINT)
         with publish(self._checkpoint(number), kind=CHECKPOINT, settings=self._settings(number), inputs={}) as draft:
             save_file(tensors, draft.path / "state.safetensors")
             draft.facts.update(steps=state.steps, losses=list(checkpoint.losses))
@@ -179,6 +181,13 @@ class AdapterFiles:
                 remove(f"{self.folder}/{name}")
         remove_empty(self.folder)
         remove_empty(self.root)
+
+    def _make_way(self, place: str, kind: str) -> None:
+        """Take away what lies at a place of ours and cannot be read: a file system or a kill has left half of it."""
+        try:
+            read_manifest(place, kind=kind)
+        except ArtifactError:
+            remove(place)
 
     def _adapter(self, number: int) -> str:
         return f"{self.folder}/{number:05d}"

@@ -95,26 +95,24 @@ class Foreman:
         self._roster = Roster(deque(waiting))
         self._nodes: dict[int, set[str]] = {}
         self._devices_of: dict[int, PlacementGroup | None] = {}
+        self._lanes_of: dict[int, tuple[str, int]] = {}
         self._ledger = Ledger(len(waiting) + already_done, already_done)
         self._meters = Meters()
         self._tracker = open_tracker(tracking, run)
         self._shown_at_s = 0.0
         self._is_dismissing = False
 
-    def join(
-        self,
-        group: int,
-        *,
-        nodes: Sequence[str],
-        workers: int,
-        devices: int,
-        lanes: int,
-        placement_group: PlacementGroup | None = None,
-    ) -> None:
-        """A group begins on these nodes (Ray's node ids, hex), with what was set apart for it there."""
-        had = self._roster.join(group)
+    def came(self, group: int, placement_group: PlacementGroup | None) -> None:
+        """The group's workers are there, with what was set apart for them; loading the base takes them a while yet."""
         self._devices_of[group] = placement_group
+
+    def join(
+        self, group: int, *, nodes: Sequence[str], workers: int, devices: int, lanes: int, device_name: str = ""
+    ) -> None:
+        """A group begins on these nodes (Ray's node ids, hex)."""
+        had = self._roster.join(group)
         self._nodes[group] = set(nodes)
+        self._lanes_of[group] = (device_name, lanes)
         self._ledger.group_started(group, workers, devices, lanes)
         for number in had:
             self._ledger.adapter_returned(group, number)
@@ -169,6 +167,10 @@ class Foreman:
     def devices_of(self) -> dict[int, PlacementGroup | None]:
         """What is set apart for each group that has come; see `ended`."""
         return self._devices_of
+
+    def lanes_of(self, group: int) -> tuple[str, int] | None:
+        """The kind of device that the group has or had, and its lanes there; none where it never began."""
+        return self._lanes_of.get(group)
 
     def ended(self, group: int) -> None:
         """Nothing of the group runs any more, and nothing is set apart for it."""

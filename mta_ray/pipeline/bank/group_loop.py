@@ -41,6 +41,8 @@ def train_group(settings: dict[str, Any]) -> None:
     plan: Plan = settings["plan"]
     foreman: ActorHandle = settings["foreman"]
     group: int = settings["group"]
+    if is_first_worker():  # first of all: what is set apart for a group that dies must be known
+        ray.get(foreman.came.remote(group, ray.util.get_current_placement_group()))
 
     # 1. the frozen base; what is to be sharded over devices need not fit one, so it is loaded into the host's memory
     base = open_base(plan.base)
@@ -94,7 +96,7 @@ class _Desk:
                     workers=len(nodes),
                     devices=self.plan.devices,
                     lanes=lanes,
-                    placement_group=ray.util.get_current_placement_group(),
+                    device_name=self._device,
                 )
             )
         return broadcast_object(lanes)

@@ -37,13 +37,23 @@ def fit_lanes(routed: RoutedModel, plan: Plan, device: str, longest: Callable[[]
         elif not (rows := longest()):
             known = 1  # anchors without an example: they are told when it is their turn
         else:
-            cost = lane_bytes(routed, rows, rank=plan.train.rank, workers=plan.group.workers)
-            known = int(SHARE * free_bytes(routed, groups=plan.groups) / cost)
+            known = _measured(routed, rows, plan)
     return max(1, min(known, plan.max_lanes))
 
 
+def _measured(routed: RoutedModel, rows: Sequence[Tokens], plan: Plan) -> int:
+    try:
+        cost = lane_bytes(routed, rows, rank=plan.train.rank, workers=plan.group.workers)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return 1
+    return int(SHARE * free_bytes(routed, groups=plan.groups) / cost)
+
+
 def lane_bytes(routed: RoutedModel, rows: Sequence[Tokens], *, rank: int, workers: int) -> int:
-    """Of one adapter in training: its weights and their state, and what a step of these rows keeps for its backward."""
+    """Of one adapter in training: its weights and their state, and what a step of a worker's share of these rows keeps
+    for its backward."""
     weights = sum(rank * (layer.base.in_features + layer.base.out_features) for layer in routed.layers.values())
     routed.add_shelf(_SHELF, slots=1, rank=rank, alpha=float(rank))
     trainable = [p.requires_grad_(True) for layer in routed.layers.values() for p in layer.shelves[_SHELF].parameters()]
@@ -56,16 +66,19 @@ def lane_bytes(routed: RoutedModel, rows: Sequence[Tokens], *, rank: int, worker
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    rows = rows[::workers]
     batch = collate(routed.backbone, rows, routed.device)
     routing = routed.routing([Route(slots=(0,), weights=(1.0,))] * len(rows))
     counting = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with counting, routed.router.using(**{_SHELF: routing}):
-        row_losses(routed.model, batch).sum()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    for layer in routed.layers.values():
-        layer.remove_shelf(_SHELF)
-    return weights * BYTES_PER_WEIGHT + sum(kept.values()) // workers
+    try:
+        with counting, routed.router.using(**{_SHELF: routing}):
+            row_losses(routed.model, batch).sum()
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        for layer in routed.layers.values():
+            layer.remove_shelf(_SHELF)
+    return weights * BYTES_PER_WEIGHT + sum(kept.values())
 
 
 def free_bytes(routed: RoutedModel, *, groups: int = 1) -> int:
@@ -105,5 +118,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python could not get memory, on a GPU or on the host."""
     text = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
+        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")
     )

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0
 STOP_S = 30.0
 """How long the driver waits, when it is told to stop, for the groups to keep their checkpoints."""
+DEATHS_OF_MEMORY = 2
+"""Deaths of a group in a row, without progress, from which on it has fewer lanes."""
 RUN_CHARS = 12
 """Of the bank's key: the name of its run where it is tracked, the same when it is resumed."""
 
@@ -77,7 +79,7 @@ def _follow(at_work: dict[ray.ObjectRef, _Group], foreman: ActorHandle) -> None:
             over_since_s = min(over_since_s, time.monotonic())
             has_come = ray.get(foreman.devices_of.remote())
             is_late = time.monotonic() - over_since_s > STOP_S
-            for task in waiting:  # who has come is on its way out; who has not was never given devices
+            for task in waiting:  # who has come is on its way out; who has not has no devices
                 if at_work[task].number not in has_come or is_late:
                     ray.cancel(task, force=is_late)
                     at_work.pop(task).give_back()
@@ -127,6 +129,21 @@ class _Group:
         self.progress = roster.progress
         reason = type(root_cause(error)).__name__
         ray.get(self.foreman.leave.remote(self.number, reason))
+        if self.failures >= DEATHS_OF_MEMORY and self._halve():
+            self.failures = 0
         if self.failures > self.plan.max_failures:
             raise error
         log.warning("bank: group %d died (%s); it starts again", self.number, reason)
+
+    def _halve(self) -> bool:
+        """Begin with half of the lanes next time; whether that can be. Linux and Ray end a process that takes too much
+        memory without a word to it, so this is all that is seen of it."""
+        device, lanes = ray.get(self.foreman.lanes_of.remote(self.number)) or ("", 0)
+        if self.plan.lanes or lanes < 2:
+            return False
+        self.plan.files.remember_lanes(device, lanes // 2)
+        log.warning(
+            "bank: group %d died %d times without getting on, perhaps for memory; it goes on with %d adapters at once",
+            self.number, self.failures, lanes // 2,
+        )  # fmt: skip
+        return True

@@ -11,6 +11,8 @@ import torch
 from mta_ray.artifacts import publish
 from mta_ray.lamp.users import HistoryItem, User, to_table
 from mta_ray.lora.adapter import Adapter, Factors
+from mta_ray.personalize.engines import SlotState
+from mta_ray.personalize.lanes import Checkpoint
 from mta_ray.pipeline.bank.files import AdapterFiles
 from mta_ray.pipeline.bank.histories import KIND, open_histories, read_history
 
@@ -45,6 +47,22 @@ def test_a_second_builder_of_the_same_bank_is_refused_until_the_first_is_done(tm
     with one.locked():
         one.publish(0, adapter(1.0), [0.5])
     assert one.finished(1) == {0}
+
+
+def test_what_cannot_be_read_gives_way_to_what_is_made_anew(tmp_path: Path) -> None:
+    """A damaged manifest, or none because a kill came in the middle of a removal."""
+    files = AdapterFiles(root=str(tmp_path / "bank.adapters"), key=KEYS[0])
+    state = SlotState(steps=3, values=(torch.ones(2),), first=(torch.zeros(2),), second=(torch.zeros(2),))
+    for damage in ("{", None):
+        files.publish(0, adapter(1.0), [0.5])
+        files.keep(1, Checkpoint(state=state, losses=(0.5,)), ["m"])
+        for name in ("00000", "00001.checkpoint"):
+            manifest = Path(files.folder) / name / "manifest.json"
+            manifest.write_text(damage) if damage else manifest.unlink()
+        assert files.finished(1) == set() and files.resume(1, ["m"]) is None
+        files.publish(0, adapter(2.0), [0.25])
+        files.keep(1, Checkpoint(state=state, losses=(0.25,)), ["m"])
+        assert files.read(0)[1] == [0.25] and files.resume(1, ["m"]).losses == (0.25,)
 
 
 def test_a_history_of_somebody_else_is_refused(tmp_path: Path) -> None:

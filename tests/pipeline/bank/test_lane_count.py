@@ -6,12 +6,14 @@ import gc
 import sys
 
 import pytest
+import ray
 import torch
 
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.batches import Tokens
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.bank.files import AdapterFiles
+from mta_ray.pipeline.bank.foreman import hire_foreman
 from mta_ray.pipeline.bank.lane_count import (
     BYTES_PER_WEIGHT,
     SHARE,
@@ -23,6 +25,7 @@ from mta_ray.pipeline.bank.lane_count import (
 )
 from mta_ray.pipeline.bank.plan import Plan
 from mta_ray.pipeline.bank.tracking import TrackingConfig
+from mta_ray.pipeline.bank.train_adapters import _Group
 from mta_ray.pipeline.group import GroupConfig
 
 ROWS = [Tokens(tuple(range(100, 148)), 4), Tokens(tuple(range(200, 230)), 2)]
@@ -104,12 +107,42 @@ def test_the_plan_comes_first_then_what_is_remembered_then_the_measure(tiny_mode
     assert other.known_lanes() == {}
 
 
+def test_a_measure_that_finds_no_memory_means_one_lane_and_leaves_no_trace(tiny_model, tmp_path, monkeypatch):
+    routed = RoutedModel(tiny_model())
+
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mta_ray.pipeline.bank.lane_count.row_losses", full)
+    assert fit_lanes(routed, plan(str(tmp_path / "bank.adapters")), "cpu", lambda: ROWS) == 1
+    assert all(not layer.shelves for layer in routed.layers.values())
+
+
+def test_a_group_that_dies_again_and_again_without_getting_on_has_half_of_its_lanes(ray_local, tmp_path):
+    """A process that Linux or Ray ends for its memory says nothing."""
+    for place, lanes, wanted in (("found", 0, {"a GPU": 4}), ("given", 8, {})):
+        own = plan(str(tmp_path / place), lanes=lanes, max_failures=3)
+        foreman = hire_foreman([0, 1], 0, TrackingConfig(), "run")
+        group = _Group(0, own, foreman, 1)
+        known = []
+        for _ in range(2):
+            ray.get(foreman.join.remote(0, nodes=["n"], workers=1, devices=1, lanes=8, device_name="a GPU"))
+            group.failed(ray.exceptions.ActorDiedError())
+            known.append(own.files.known_lanes())
+        assert known == [{}, wanted]
+        ray.get(foreman.join.remote(0, nodes=["n"], workers=1, devices=1, lanes=8, device_name="a GPU"))
+        ray.get(foreman.kept.remote(0))  # it got on
+        group.failed(ray.exceptions.ActorDiedError())
+        assert own.files.known_lanes() == wanted
+
+
 def test_no_memory_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**50)
     assert is_out_of_memory(error.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
     assert not is_out_of_memory(RuntimeError("Connection closed by peer"))
 
 
