@@ -629,7 +629,10 @@ def _upload(folder: Path, url: str, manifest: dict[str, Any]) -> None:
         store.send(folder / name, f"{manifest['hash']}/{name}")
     store.write(MANIFEST, json.dumps(manifest | {"folder": manifest["hash"]}, indent=1).encode())
     if old not in (None, manifest["hash"]):
-        store.remove(str(old))
+        try:
+            store.remove(str(old))
+        except PermissionError as error:  # what is new is there; what was there before stays beside it
+            log.warning("%s", error)
 
 
 def _folder_in_store(store: Store) -> str | None:

@@ -76,9 +76,10 @@ class Answerer:
         context = self.base.wording.prompts.rag_items if cell.rag else None
         started_s = time.perf_counter()
         made = self._personalise(recipe, cell, users, vectors, context)
-        seconds = (time.perf_counter() - started_s) / len(users)
-        if recipe.bank is not None and recipe.pooled is None and recipe.anchors == "nearest":
-            seconds += self.subjects.encode_s[cell.budget]  # whoever looks for anchors has encoded the items before
+        share_s = (time.perf_counter() - started_s) / len(users)
+        # Whoever looks for anchors has encoded the user's items before.
+        is_encoded = recipe.bank is not None and recipe.pooled is None and recipe.anchors == "nearest"
+        item_s, most = (self.subjects.encode_s if is_encoded else 0.0), self.subjects.max_items
 
         # 2. answer
         started_s = time.perf_counter()
@@ -96,7 +97,7 @@ class Answerer:
         return CellAnswers(
             rows=[(u.id, q.id, prompt_hash(q), text or "") for (u, q), text in zip(asked, said, strict=True)],
             bytes={user.id: float(kept) for user, kept in zip(users, made.bytes, strict=True)},
-            seconds={user.id: seconds for user in users},
+            seconds={user.id: share_s + item_s * min(len(user.history), most) for user in users},
             decode_tokens=tokens,
             decode_s=decode_s,
         )

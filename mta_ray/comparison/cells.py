@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -47,7 +47,8 @@ class Cell:
     budget: str
     seed: int
     whole: bool
-    """Whether the same method's cell with the whole history is there too: then only users that are cut are in here."""
+    """Whether the same method's cell with the whole history is there too: then only those are in here whom it does not
+    answer alike; see `asks`."""
     tested: str
     """Path of the `tested-users` artifact, as are the following of theirs."""
     base: str
@@ -130,6 +131,7 @@ class CellFiles:
 def collect(cells: Sequence[Cell], files: CellFiles, wordings: dict[str, Wording]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(rows of `RESULTS`, rows of `COSTS`) of finished cells, sorted. `wordings` are by data set."""
     subjects = cache(read_tested)
+    person_of = cache(lambda tested: persons(subjects(tested).users))
     whole = {_method(cell): cell for cell in cells if cell.budget == ALL}
     read = cache(lambda number: files.read(cells[number]))
     number_of = {cell.key: number for number, cell in enumerate(cells)}
@@ -142,7 +144,8 @@ def collect(cells: Sequence[Cell], files: CellFiles, wordings: dict[str, Wording
             parts.append(_rest_of(cell, read(number_of[whole[_method(cell)].key]), people))
         names = {name: getattr(cell, name) for name in ("dataset", "budget", "seed", "rag")}
         names["method"] = cell.recipe.name
-        results += _scored(names, cell, [row for part in parts for row in part.rows], people, wordings[cell.dataset])
+        rows = [row for part in parts for row in part.rows]
+        results += _scored(names, cell, rows, people, person_of(cell.tested), wordings[cell.dataset])
         costs += [names | spent for spent in _costs(cell, parts, own, people)]
     answered = pd.DataFrame(results).sort_values([*ORDER, "user_id", "query_id"], ignore_index=True)
     spent = pd.DataFrame(costs).sort_values([*ORDER, "group"], ignore_index=True)
@@ -166,11 +169,15 @@ def _rest_of(cell: Cell, answers: CellAnswers, people: Subjects) -> CellAnswers:
 
 
 def _scored(
-    names: dict[str, Any], cell: Cell, rows: Sequence[tuple[str, str, str, str]], people: Subjects, wording: Wording
+    names: dict[str, Any],
+    cell: Cell,
+    rows: Sequence[tuple[str, str, str, str]],
+    people: Subjects,
+    person_of: Mapping[str, str],
+    wording: Wording,
 ) -> Iterator[dict[str, Any]]:
     said = {(user_id, query_id): (asked, prediction) for user_id, query_id, asked, prediction in rows}
     wanted = [(user, query) for user in people.users for query in user.queries]
-    person_of = persons(people.users)
     if len(said) != len(rows) or set(said) != {(user.id, query.id) for user, query in wanted}:
         raise ValueError(
             f"{cell.dataset}, {cell.recipe.name}, budget {cell.budget}: {len(rows)} answers for {len(wanted)} "

@@ -145,8 +145,10 @@ class Subjects:
     """With all of their history, by id."""
     means: Mapping[str, Float[ndarray, "users dim"]]
     """Budget to mean item vectors, as `embed_users` gives them."""
-    encode_s: Mapping[str, float]
-    """Budget to the seconds that one user's items took to encode."""
+    encode_s: float
+    """Seconds that one item took to encode."""
+    max_items: int
+    """Of a user, the latest, are encoded."""
 
     def digest(self, budget: str) -> str:
         """Of all that a budget's answers can depend on; other budgets do not count."""
@@ -168,6 +170,7 @@ def write_tested(
     wanted = list(dict.fromkeys([ALL, *budgets]))
     table = read_embeddings(embeddings)
     settings = {"budgets": wanted, "split": split, "max_items": embed.max_items, "max_words": embed.max_words}
+    settings["facts"] = "encode_s, max_items"
     inputs = {"users": open_artifact(users, kind="users", verify=False).hash, "embeddings": table.hash}
     if is_current(out, kind=TESTED, settings=settings, inputs=inputs):
         return out
@@ -175,10 +178,9 @@ def write_tested(
         tested = tested_of(users, table, split)
         row = {user_id: number for number, user_id in enumerate(table.user_ids)}
         task = ray.remote(_cut_means).options(num_cpus=workers.cpus, num_gpus=workers.gpus)
-        made = ray.get(task.remote(tested, wanted, table.encoder, embed.max_items, embed.max_words, workers))
-        means = {budget: rows for budget, (rows, _) in made.items()}
+        means, encode_s = ray.get(task.remote(tested, wanted, table.encoder, embed.max_items, embed.max_words, workers))
         means[ALL] = table.means[[row[user.id] for user in tested]]
-        draft.facts["encode_s"] = {budget: seconds for budget, (_, seconds) in made.items()}
+        draft.facts.update(encode_s=encode_s, max_items=embed.max_items)
         pq.write_table(to_table(tested), draft.path / "users.parquet")
         vectors = {budget: pa.array(list(rows), type=pa.list_(pa.float32())) for budget, rows in means.items()}
         pq.write_table(pa.table(vectors), draft.path / "vectors.parquet")
@@ -193,22 +195,22 @@ def read_tested(path: str) -> Subjects:
         users=from_table(pq.read_table(artifact.path / "users.parquet")),
         means={name: np.array(vectors[name].to_pylist(), dtype=np.float32) for name in vectors.column_names},
         encode_s=artifact.facts["encode_s"],
+        max_items=artifact.facts["max_items"],
     )
 
 
 def _cut_means(
     tested: list[User], budgets: list[str], encoder: str, max_items: int, max_words: int, workers: ActorConfig
-) -> dict[str, tuple[np.ndarray, float]]:
-    """Budget to the mean item vectors, and to the seconds of one user."""
+) -> tuple[dict[str, np.ndarray], float]:
+    """Budget to the mean item vectors; and the seconds of one item."""
     start_worker(workers.cpus)
     model = Encoder(encoder, device=workers.device)
     model.embed_users([item_texts(tested[0], 1, max_words)])  # what only the first call does is not timed
-    found = {}
-    for budget in budgets:
-        started_s = time.perf_counter()
-        rows = model.embed_users([item_texts(cut(user, budget), max_items, max_words) for user in tested])
-        found[budget] = (rows, (time.perf_counter() - started_s) / len(tested))
-    return found
+    texts = {budget: [item_texts(cut(user, budget), max_items, max_words) for user in tested] for budget in budgets}
+    started_s = time.perf_counter()
+    found = {budget: model.embed_users(of_users) for budget, of_users in texts.items()}
+    items = sum(len(own) for of_users in texts.values() for own in of_users)
+    return found, (time.perf_counter() - started_s) / items
 
 
 def _as_teachers(users: Iterable[User], *, prefix: str) -> Iterator[User]:

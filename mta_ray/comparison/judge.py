@@ -60,15 +60,15 @@ def judge(
 ) -> dict[str, Any]:
     """The content of `report.json`. Raises ValueError where methods have not answered the same questions.
 
-    `results` has the columns of `RESULTS`, a row a prediction; `costs` those of `COSTS`, a row a cell. `samples`: of
-    the bootstrap.
+    `results` has the columns of `RESULTS`, a row a prediction; `costs` those of `COSTS`, a row for each cell and group.
+    `samples`: of the bootstrap.
 
     Semantics of a method's figures in a group of users:
       score            mean over seeds of each query's score first; then over queries, or over users of their means
       over_X           the same of the differences to X, query by query, over the seeds that both stand with
       low, high        percentile 95% interval, people resampled with all their queries; what chance all of them share
                        (one draw of a bank) is not in it, but in the spread over seeds
-      p                sign-flip test of people's mean differences to mta, two-sided
+      p                sign-flip test of people's differences to mta (the sum of their users' means), two-sided
       p_holm           p corrected over the methods of this data set, budget and group (ablations: over ablations)
     """
     check_results(results)

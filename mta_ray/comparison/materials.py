@@ -36,7 +36,7 @@ from mta_ray.population.people import WorldConfig
 from mta_ray.population.synthesize import SimulateUsersConfig, simulate_users
 
 SECONDS = "seconds.json"
-"""What making each material took, by its name: an artifact that rests does not know."""
+"""Device-seconds that making each material took, by its name: an artifact that rests does not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +149,10 @@ class Materials:
             "" if is_taught else "untaught",
             f"seed-{seed}",
         )
-        return self._once(f"bank{''.join(map(_part, parts))}", lambda out: build_bank(replace(config, out=out)))
+        each = config.group.gpus_per_worker or cpus_per_worker(config.group, groups=config.groups)
+        devices = config.groups * config.group.workers * each
+        name = f"bank{''.join(map(_part, parts))}"
+        return self._once(name, lambda out: build_bank(replace(config, out=out)), devices=devices)
 
     def pooled(self, recipe: Recipe, budget: str, seed: int, *, rag: bool = False) -> str:
         """One LoRA for everybody, of a recipe with one."""
@@ -180,10 +183,7 @@ class Materials:
 
         A device is a GPU, or a CPU where there is none.
         """
-        config = self.config.bank
-        each = config.group.gpus_per_worker or cpus_per_worker(config.group, groups=config.groups)
-        devices = config.groups * config.group.workers * each
-        return self._ledger().get(Path(path).name, 0.0) * devices
+        return self._ledger().get(Path(path).name, 0.0)
 
     def pooled_device_seconds(self, path: str) -> float:
         """Of one LoRA for everybody."""
@@ -197,18 +197,18 @@ class Materials:
         world = replace(self.config.world, task=self.dataset.task)
         return simulate_users(SimulateUsersConfig(world=world, users=self.config.users, out=out, cluster=self.cluster))
 
-    def _once(self, name: str, make: Callable[[str], str]) -> str:
-        """The artifact's path; its stage is called once, and rests where nothing has changed."""
+    def _once(self, name: str, make: Callable[[str], str], *, devices: int = 1) -> str:
+        """The artifact's path; its stage is called once, and rests where nothing has changed. What it took is noted."""
         if name not in self._made:
             out = f"{self.home}/{name}"
             before, started_s = _stamp(out), time.perf_counter()
             try:
                 make(out)
             except BaseException:
-                self._note(f"{name} so far", time.perf_counter() - started_s)
+                self._note(f"{name} so far", (time.perf_counter() - started_s) * devices)
                 raise
             if _stamp(out) != before:
-                self._note(name, time.perf_counter() - started_s)
+                self._note(name, (time.perf_counter() - started_s) * devices)
             self._made[name] = out
         return self._made[name]
 

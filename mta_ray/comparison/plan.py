@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal
@@ -111,21 +112,23 @@ def cells(config: PlanConfig, materials: Materials, workers: ActorConfig) -> lis
     Cells that share a base and a bank follow each other.
     """
     wording = open_base(materials.base()).wording
-    people = read_tested(materials.tested()).users
+    read = cache(read_tested)
+    digest = cache(lambda tested, budget: read(tested).digest(budget))
+    people = read(materials.tested()).users
     is_best_known = all(query.best is not None for user in people for query in user.queries)
     found = [
-        _cell(entry, materials, workers)
+        _cell(entry, materials, workers, digest)
         for entry in entries(config)
         if entry.recipe.applies_to(wording.task, is_best_known=is_best_known)
     ]
     return sorted(found, key=lambda cell: (cell.budget != ALL, cell.base, cell.bank))
 
 
-def _cell(entry: Entry, materials: Materials, workers: ActorConfig) -> Cell:
+def _cell(entry: Entry, materials: Materials, workers: ActorConfig, digest: Callable[[str, str], str]) -> Cell:
     recipe = entry.recipe
     encoder = recipe.bank.encoder if recipe.bank else None
     tested, base = materials.tested(encoder), materials.base(recipe.is_taught)
-    hashes = [_subjects(tested).digest(entry.budget), _hash(base, "base")]
+    hashes = [digest(tested, entry.budget), _hash(base, "base")]
     cell = Cell(
         dataset=materials.dataset.name,
         recipe=recipe,
@@ -151,9 +154,6 @@ def _cell(entry: Entry, materials: Materials, workers: ActorConfig) -> Cell:
         cell = replace(cell, pooled=pooled, pooled_device_seconds=materials.pooled_device_seconds(pooled))
         cell = replace(cell, bank="", bank_device_seconds=0.0)
     return replace(cell, inputs=tuple(hashes))
-
-
-_subjects = cache(read_tested)
 
 
 def _hash(path: str, kind: str) -> str:

@@ -37,7 +37,7 @@ def write_submissions(
         is_own = bool((owners == 1).all())
         ids = rows["query_id"] if is_own else rows["user_id"] + "/" + rows["query_id"]
         rows = rows.assign(id=ids).sort_values("id")
-        if task.kind != "text":
+        if task.kind == "label":
             known = {normalise_label(name): name for name in (labels or {}).get(str(dataset)) or task.labels}
             for column in ("prediction", "gold"):
                 rows[column] = [known.get(normalise_label(str(text)), text) for text in rows[column]]

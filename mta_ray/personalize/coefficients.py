@@ -7,6 +7,7 @@ route in one adapted layer, and starts at one: at the fused route itself. It nee
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -90,11 +91,13 @@ class _Pack:
     def step(self, step: int) -> None:
         # 1. draw
         going = [n for n, steps in enumerate(self.steps) if step < steps]
-        rows = [(n, row) for n in going for row in next(self.draws[n])]
+        # an example that is drawn several times is looked at once, and counts so often
+        rows = Counter((n, row) for n in going for row in next(self.draws[n]))
         owner = torch.tensor([n for n, _ in rows], device=self.routed.device)
+        times = torch.tensor(list(rows.values()), dtype=torch.float32, device=self.routed.device)
         tokens = torch.zeros(len(self.users))
-        for n, row in rows:
-            tokens[n] += row.target_tokens
+        for (n, row), count in rows.items():
+            tokens[n] += count * row.target_tokens
         tokens = tokens.to(self.routed.device)
 
         # 2. forward and backward: the sum over users of each one's own mean
@@ -102,9 +105,9 @@ class _Pack:
         for numbers, losses in routed_losses(
             self.routed, self.shelf, [row for _, row in rows], lambda numbers: self._routing(owner[numbers])
         ):
-            whose = owner[numbers]
-            sums.index_add_(0, whose, losses.detach())
-            self.engine.backward((losses / tokens[whose]).sum())
+            whose, counted = owner[numbers], losses * times[numbers]
+            sums.index_add_(0, whose, counted.detach())
+            self.engine.backward((counted / tokens[whose]).sum())
 
         # 3. step
         bad = [n for n, loss in enumerate(sums.tolist()) if not math.isfinite(loss)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -253,12 +254,13 @@ class _Pack:
 
     def _forward(self, rows: list[tuple[int, Tokens]], tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(slots,) summed loss of each slot's rows of this worker, and the loss to go backward from."""
-        batches = by_length(rows, lambda row: len(row[1].ids))
+        # A step may draw an example of a short history several times: it is looked at once, and counts so often.
+        batches = by_length(list(Counter(rows).items()), _length)
         if self.engine.is_whole and self.routed.device.type == "cpu":
             most = cpu_tokens(self.routed) * self.engine.world_size
-            batches = [part for batch in batches for part in parts_of(batch, lambda row: len(row[1].ids), most)]
+            batches = [part for batch in batches for part in parts_of(batch, _length, most)]
         # A slot's rows side by side: where all slots have as many, each slot's are one product.
-        batches = [sorted(batch, key=lambda row: row[0]) for batch in batches]
+        batches = [sorted(batch, key=lambda one: one[0][0]) for batch in batches]
         sums, losses = torch.zeros(len(tokens), device=self.routed.device), []
         gradients: list[Tensor] = []
         for batch in batches:
@@ -274,15 +276,14 @@ class _Pack:
         losses += [(p * gradient).sum() for p, gradient in zip(self.trainable, gradients, strict=False)]
         return sums, torch.stack(losses).sum()
 
-    def _summed_losses(self, rows: list[tuple[int, Tokens]], slots: int) -> Tensor:
-        """(slots,) summed loss of each slot's rows of this worker, differentiable."""
+    def _summed_losses(self, counted: list[tuple[tuple[int, Tokens], int]], slots: int) -> Tensor:
+        """(slots,) summed loss of each slot's rows of this worker, each as often as it counts; differentiable."""
         # Every worker runs as many forwards as the others: one without a row of its own looks at the first.
-        own = rows[self.engine.rank :: self.engine.world_size]
-        losses = self._row_losses(own or rows[:1])
-        if not own:
-            losses = losses * 0
-        index = torch.tensor([slot for slot, _ in own or rows[:1]], device=losses.device)
-        return losses.new_zeros(slots).index_add(0, index, losses)
+        own = counted[self.engine.rank :: self.engine.world_size] or [(counted[0][0], 0)]
+        losses = self._row_losses([row for row, _ in own])
+        times = torch.tensor([count for _, count in own], dtype=losses.dtype, device=losses.device)
+        index = torch.tensor([slot for (slot, _), _ in own], device=losses.device)
+        return losses.new_zeros(slots).index_add(0, index, losses * times)
 
     def _row_losses(self, rows: list[tuple[int, Tokens]]) -> Tensor:
         batch = collate(self.routed.backbone, [row for _, row in rows], self.routed.device)
@@ -321,6 +322,10 @@ def initial_down(layer: SlotLinear, job_id: str, config: TrainConfig) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(layer.base.in_features)
     return (torch.rand(config.rank, layer.base.in_features, generator=generator) * 2 - 1) * bound
+
+
+def _length(counted: tuple[tuple[int, Tokens], int]) -> int:
+    return len(counted[0][1].ids)
 
 
 def by_length(rows: Sequence[RowT], length: Callable[[RowT], int]) -> list[list[RowT]]:

@@ -16,6 +16,7 @@ from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import to_table
 from mta_ray.pipeline.on_each import on_each
+from mta_ray.population import words
 from mta_ray.population.people import WorldConfig, simulate_user
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def simulate_users(config: SimulateUsersConfig) -> str:
     config = located(config, "out")
     task = task_named(config.world.task)
     settings: dict[str, Any] = {"world": asdict(config.world), "users": config.users, "first": config.first}
+    if task.name in words.EDITIONS:
+        settings["edition"] = words.EDITIONS[task.name]
     if not config.force and is_current(config.out, kind="users", settings=settings, inputs={}):
         log.info("users: %s is current, nothing to do", config.out)
         return config.out

@@ -104,6 +104,14 @@ def test_submissions_score_as_the_tables_say(home, report):
     assert found == pytest.approx(judged["ablations"]["mta:k=1"]["all"]["metrics"])
 
 
+def test_submissions_say_ratings_as_they_are(tmp_path, results):
+    """A scorer reads a number from them; what is none stays none."""
+    rows = results[results["dataset"] == "ratings"]
+    write_submissions(tmp_path, rows.assign(prediction="-3 !"))
+    said = json.loads((tmp_path / "ratings" / "oracle-all-0.json").read_text())["golds"]
+    assert {row["output"] for row in said} == {"-3 !"}
+
+
 def test_submissions_say_labels_as_lamps_scorer_compares_them_letter_by_letter(tmp_path, results):
     """As a tokenizer gives them back: in lower case, marks set apart."""
     rows = results[results["dataset"] == "movies"]

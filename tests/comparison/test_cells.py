@@ -33,7 +33,7 @@ USERS = [
 @pytest.fixture
 def cell(tmp_path: Path) -> Cell:
     with publish(tmp_path / "tested", kind=TESTED, settings={}, inputs={}) as draft:
-        draft.facts["encode_s"] = {"all": 0.5}
+        draft.facts.update(encode_s=0.5, max_items=4)
         pq.write_table(to_table(USERS), draft.path / "users.parquet")
         pq.write_table(pa.table({"all": [[0.0]] * 3}), draft.path / "vectors.parquet")
     return Cell(

@@ -89,8 +89,8 @@ def test_data_sets_are_named_and_their_files_joined() -> None:
 def test_a_budgets_digest_is_of_what_it_leaves_alone() -> None:
     users = [simulate_user(WorldConfig(seed=3, max_items=20), number) for number in range(4)]
     means = {budget: np.full((4, 2), value, np.float32) for budget, value in (("all", 1.0), ("1", 2.0), ("5", 3.0))}
-    one = Subjects(users=users, means=means, encode_s={})
-    fewer = replace(one, means={"all": means["all"], "1": means["1"]}, encode_s={"all": 1.0})
+    one = Subjects(users=users, means=means, encode_s=0.5, max_items=4)
+    fewer = replace(one, means={"all": means["all"], "1": means["1"]}, encode_s=1.0)
     assert one.digest("1") == fewer.digest("1") != one.digest("all") == fewer.digest("all")
     moved = replace(one, means=means | {"1": means["1"] + 1})
     assert moved.digest("1") != one.digest("1") and moved.digest("5") == one.digest("5")

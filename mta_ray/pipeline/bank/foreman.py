@@ -6,7 +6,7 @@ Groups come, die and come again; an adapter whose group died waits again, and go
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +44,8 @@ class Roster:
     failed: dict[int, str] = field(default_factory=dict)
     progress: int = 0
     """Grows with everything that need not be done again: a group that dies while it grows may start again."""
+    progress_of: Counter[int] = field(default_factory=Counter)
+    """The same of each group by itself."""
 
     @property
     def is_done(self) -> bool:
@@ -71,12 +73,17 @@ class Roster:
     def finish(self, group: int, number: int) -> None:
         self.at_work[group].remove(number)
         self.finished.add(number)
-        self.progress += 1
+        self.got_on(group)
 
     def fail(self, group: int, number: int, reason: str) -> None:
         self.at_work[group].remove(number)
         self.failed[number] = reason
+        self.got_on(group)
+
+    def got_on(self, group: int) -> None:
+        """Something of this group's need not be done again."""
         self.progress += 1
+        self.progress_of[group] += 1
 
     def leave(self, group: int) -> list[int]:
         """The group has ended or died; what it had waits again, and is returned."""
@@ -105,6 +112,7 @@ class Foreman:
     def came(self, group: int, placement_group: PlacementGroup | None) -> None:
         """The group's workers are there, with what was set apart for them; loading the base takes them a while yet."""
         self._devices_of[group] = placement_group
+        self._lanes_of.pop(group, None)
 
     def join(
         self, group: int, *, nodes: Sequence[str], workers: int, devices: int, lanes: int, device_name: str = ""
@@ -145,11 +153,11 @@ class Foreman:
 
     def kept(self, group: int) -> None:
         """The group has kept checkpoints."""
-        self._roster.progress += 1
+        self._roster.got_on(group)
 
     def shrank(self, group: int, lanes: int) -> None:
         """The group had more lanes than memory; it comes again with so many."""
-        self._roster.progress += 1
+        self._roster.got_on(group)
 
     def leave(self, group: int, reason: str = "") -> None:
         """The group has ended; with a reason, it has died."""

@@ -66,7 +66,7 @@ def lane_bytes(routed: RoutedModel, rows: Sequence[Tokens], *, rank: int, worker
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    rows = rows[::workers]
+    rows = rows[::-1][::workers]  # the longest among them
     batch = collate(routed.backbone, rows, routed.device)
     routing = routed.routing([Route(slots=(0,), weights=(1.0,))] * len(rows))
     counting = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)

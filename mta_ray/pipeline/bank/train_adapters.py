@@ -24,7 +24,7 @@ POLL_S = 1.0
 STOP_S = 30.0
 """How long the driver waits, when it is told to stop, for the groups to keep their checkpoints."""
 DEATHS_OF_MEMORY = 2
-"""Deaths of a group in a row, without progress, from which on it has fewer lanes."""
+"""Deaths of a group in a row, while it did not get on, from which on each one halves its lanes."""
 RUN_CHARS = 12
 """Of the bank's key: the name of its run where it is tracked, the same when it is resumed."""
 
@@ -103,8 +103,11 @@ class _Group:
     foreman: ActorHandle
     cpus: int
     failures: int = 0
-    """In a row, without progress."""
+    """In a row, while nobody got on."""
     progress: int = 0
+    deaths: int = 0
+    """In a row, while the group itself did not get on."""
+    own_progress: int = 0
 
     def start(self) -> ray.ObjectRef:
         settings = {"plan": self.plan, "foreman": self.foreman, "group": self.number}
@@ -127,23 +130,25 @@ class _Group:
         roster: Roster = ray.get(self.foreman.roster.remote())
         self.failures = 1 if roster.progress > self.progress else self.failures + 1
         self.progress = roster.progress
+        own = roster.progress_of[self.number]
+        self.deaths = 1 if own > self.own_progress else self.deaths + 1
+        self.own_progress = own
         reason = type(root_cause(error)).__name__
         ray.get(self.foreman.leave.remote(self.number, reason))
-        if self.failures >= DEATHS_OF_MEMORY and self._halve():
-            self.failures = 0
+        if self.deaths >= DEATHS_OF_MEMORY:
+            self._halve()
         if self.failures > self.plan.max_failures:
             raise error
         log.warning("bank: group %d died (%s); it starts again", self.number, reason)
 
-    def _halve(self) -> bool:
-        """Begin with half of the lanes next time; whether that can be. Linux and Ray end a process that takes too much
+    def _halve(self) -> None:
+        """Begin with half of the lanes next time, where that can be. Linux and Ray end a process that takes too much
         memory without a word to it, so this is all that is seen of it."""
         device, lanes = ray.get(self.foreman.lanes_of.remote(self.number)) or ("", 0)
         if self.plan.lanes or lanes < 2:
-            return False
+            return
         self.plan.files.remember_lanes(device, lanes // 2)
         log.warning(
             "bank: group %d died %d times without getting on, perhaps for memory; it goes on with %d adapters at once",
-            self.number, self.failures, lanes // 2,
+            self.number, self.deaths, lanes // 2,
         )  # fmt: skip
-        return True

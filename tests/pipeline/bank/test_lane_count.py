@@ -118,22 +118,38 @@ def test_a_measure_that_finds_no_memory_means_one_lane_and_leaves_no_trace(tiny_
     assert all(not layer.shelves for layer in routed.layers.values())
 
 
-def test_a_group_that_dies_again_and_again_without_getting_on_has_half_of_its_lanes(ray_local, tmp_path):
+@pytest.mark.parametrize(
+    ("lanes", "between", "wanted"),
+    [
+        (0, "", [{}, {"a GPU": 4}, {"a GPU": 2}]),
+        (0, "another got on", [{}, {"a GPU": 4}, {"a GPU": 2}]),
+        (0, "it got on", [{}, {}, {}]),
+        (8, "", [{}, {}, {}]),
+    ],
+)
+def test_a_group_that_dies_again_and_again_without_getting_on_has_half_of_its_lanes(
+    ray_local, tmp_path, lanes, between, wanted
+):
     """A process that Linux or Ray ends for its memory says nothing."""
-    for place, lanes, wanted in (("found", 0, {"a GPU": 4}), ("given", 8, {})):
-        own = plan(str(tmp_path / place), lanes=lanes, max_failures=3)
-        foreman = hire_foreman([0, 1], 0, TrackingConfig(), "run")
-        group = _Group(0, own, foreman, 1)
-        known = []
-        for _ in range(2):
-            ray.get(foreman.join.remote(0, nodes=["n"], workers=1, devices=1, lanes=8, device_name="a GPU"))
-            group.failed(ray.exceptions.ActorDiedError())
-            known.append(own.files.known_lanes())
-        assert known == [{}, wanted]
-        ray.get(foreman.join.remote(0, nodes=["n"], workers=1, devices=1, lanes=8, device_name="a GPU"))
-        ray.get(foreman.kept.remote(0))  # it got on
+    own = plan(str(tmp_path / "bank.adapters"), lanes=lanes, max_failures=3)
+    foreman = hire_foreman([0, 1], 0, TrackingConfig(), "run")
+    group = _Group(0, own, foreman, 1)
+    known = []
+    for death in range(3):
+        now = min(own.files.known_lanes().get("a GPU", 8), 8)
+        ray.get(foreman.came.remote(0, None))
+        ray.get(foreman.join.remote(0, nodes=["n"], workers=1, devices=1, lanes=now, device_name="a GPU"))
+        if death and between:
+            ray.get(foreman.kept.remote(0 if between == "it got on" else 1))
         group.failed(ray.exceptions.ActorDiedError())
-        assert own.files.known_lanes() == wanted
+        known.append(own.files.known_lanes())
+    assert known == wanted
+    ray.get(foreman.came.remote(0, None))  # and dies before it has any lanes: that is no sign
+    for _ in range(4):
+        if between:
+            ray.get(foreman.kept.remote(1))
+            group.failed(ray.exceptions.ActorDiedError())
+    assert own.files.known_lanes() == wanted[-1]
 
 
 def test_no_memory_is_told_from_other_errors():
