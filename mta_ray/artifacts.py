@@ -409,7 +409,7 @@ def _artifact(folder: Path, manifest: dict[str, Any]) -> Artifact:
 
 def _check_files(folder: Path, manifest: dict[str, Any], verify: bool) -> None:
     for problem in _problems(folder, manifest, verify):
-        raise ArtifactError(f"{problem}; build the artifact again")
+        raise ArtifactError(f"{problem}; build the artifact again, with --force")
 
 
 def _problems(folder: Path, manifest: dict[str, Any], verify: bool, *, where: str = "") -> Iterator[str]:

@@ -125,6 +125,26 @@ def check_room(config: ClusterConfig, *, cpus: int, gpus: int) -> None:
             )
 
 
+def room_for(config: ClusterConfig, wanted: int, *, cpus: float, gpus: float) -> int:
+    """How many of `wanted` processes, with so many CPUs and GPUs each, have room at once on the cluster of this run
+    alone; all of them on one that may grow. Raises ValueError where not one has: Ray would wait for ever."""
+    if fixed_cpus(config) is None:
+        return wanted
+    here = ray.cluster_resources()
+    fits = wanted
+    for name, each in (("CPU", cpus), ("GPU", gpus)):
+        fits = min(fits, int(here.get(name, 0) / each)) if each else fits
+    if fits < 1:
+        raise ValueError(
+            f"one process wants {cpus:g} CPUs and {gpus:g} GPUs, and this machine's cluster has {here.get('CPU', 0):g} "
+            f"and {here.get('GPU', 0):g}; give each less (workers.cpus, workers.gpus), or a larger cluster "
+            "(cluster.address)"
+        )
+    if fits < wanted:
+        log.info("%d of %d processes have room on this machine", fits, wanted)
+    return fits
+
+
 @contextmanager
 def _nothing_on_stderr() -> Iterator[None]:
     """Ray's core, in C++, complains of every task that a shutdown drops; whoever pressed Ctrl-C knows."""

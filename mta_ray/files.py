@@ -1,11 +1,32 @@
-"""A single file of this machine, written whole or not at all. Folders are artifacts; stores have their own put."""
+"""Files of this machine: a single one written whole or not at all (folders are artifacts), a folder's identity."""
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+SMALL_BYTES, SAMPLE_BYTES = 4 * 2**20, 2**16
+"""A file up to the first size counts whole; of a larger one its size, and so much of its beginning and end."""
+
+
+def folder_identity(folder: str | Path) -> str:
+    """A hash of what lies in a folder of a model, large files by sample: another model there has another one."""
+    digest = hashlib.sha256()
+    root = Path(folder)
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= SMALL_BYTES:
+                digest.update(file.read())
+                continue
+            digest.update(file.read(SAMPLE_BYTES))
+            file.seek(-SAMPLE_BYTES, 2)
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def replace_file(path: str | Path, write: Callable[[Path], Any]) -> None:

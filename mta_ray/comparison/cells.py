@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 
 from mta_ray.artifacts import canonical_json, jsonable
 from mta_ray.comparison.datasets import Subjects, cut, is_cut, prompt_hash, read_tested
-from mta_ray.comparison.leaks import persons
 from mta_ray.comparison.recipes import Recipe
 from mta_ray.comparison.results import ALL, COSTS, GROUPS, RESULTS
 from mta_ray.files import replace_file
+from mta_ray.lamp.leaks import persons
 from mta_ray.lamp.metrics import query_score
 from mta_ray.lamp.users import User
 from mta_ray.personalize.base_model import Wording

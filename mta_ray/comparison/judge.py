@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mta_ray.comparison.leaks import Leaks
 from mta_ray.comparison.results import (
     ALL,
     BASELINE,
@@ -29,6 +28,7 @@ from mta_ray.comparison.results import (
     label,
 )
 from mta_ray.evaluation.statistics import Interval, bootstrap, holm, sign_flip_p
+from mta_ray.lamp.leaks import Leaks
 from mta_ray.lamp.metrics import score
 from mta_ray.lamp.tasks import Task, task_named
 

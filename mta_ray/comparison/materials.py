@@ -19,11 +19,11 @@ import ray
 from mta_ray.artifacts import open_artifact
 from mta_ray.cluster import ClusterConfig
 from mta_ray.comparison.datasets import SIMULATED, DataSet, join_teachers, teachers_of, tested_of, write_tested
-from mta_ray.comparison.leaks import Leaks, check_leaks
 from mta_ray.comparison.pooled import KIND as POOLED
 from mta_ray.comparison.pooled import PooledJob, train_pooled
 from mta_ray.comparison.recipes import BankRecipe, Recipe
 from mta_ray.files import replace_file
+from mta_ray.lamp.leaks import Leaks, check_leaks
 from mta_ray.personalize.base_model import open_base
 from mta_ray.pipeline.adapt_users import ActorConfig
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank

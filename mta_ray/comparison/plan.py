@@ -128,7 +128,7 @@ def _cell(entry: Entry, materials: Materials, workers: ActorConfig, digest: Call
     recipe = entry.recipe
     encoder = recipe.bank.encoder if recipe.bank else None
     tested, base = materials.tested(encoder), materials.base(recipe.is_taught)
-    hashes = [digest(tested, entry.budget), _hash(base, "base")]
+    hashes = [digest(tested, entry.budget), open_base(base).hash]
     cell = Cell(
         dataset=materials.dataset.name,
         recipe=recipe,

@@ -20,7 +20,7 @@ import ray
 from ray.util import ActorPool
 
 from mta_ray.artifacts import jsonable, located
-from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.cluster import ClusterConfig, connect, room_for
 from mta_ray.comparison.answerer import Answerer
 from mta_ray.comparison.cells import Cell, CellFiles, collect
 from mta_ray.comparison.datasets import SIMULATED, parse_datasets
@@ -167,7 +167,7 @@ def _answer(config: BenchmarkConfig, planned: Sequence[Cell], files: CellFiles) 
     if not missing:
         return
     workers = config.workers
-    actors = min(workers.actors, len(missing))
+    actors = room_for(config.cluster, min(workers.actors, len(missing)), cpus=workers.cpus, gpus=workers.gpus)
     pool = ActorPool(
         [
             ray.remote(Answerer)

@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from mta_ray.comparison.leaks import KINDS
 from mta_ray.comparison.results import ABLATED, ALL, BASELINE, METHODS, OURS, in_order
 from mta_ray.evaluation import words
+from mta_ray.lamp.leaks import KINDS
 
 Rows = list[tuple[str, ...]]
 """First the heading; the first cell of a row names it."""

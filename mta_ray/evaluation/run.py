@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib import metadata
 from typing import Any
 
@@ -19,12 +20,13 @@ from ray.util import ActorPool
 from rich.console import Console
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
-from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.cluster import ClusterConfig, connect, room_for
 from mta_ray.evaluation.methods import OPPU, Methods, Pack
 from mta_ray.evaluation.report import table, write_report
 from mta_ray.evaluation.summary import Curve, MapPoint, ReportFacts, summarise
+from mta_ray.lamp.leaks import Leaks, find_leaks, persons
 from mta_ray.lamp.metrics import query_score, score
-from mta_ray.lamp.users import FEW_SHOT_ITEMS
+from mta_ray.lamp.users import FEW_SHOT_ITEMS, User
 from mta_ray.lora.bank import Bank, load_bank
 from mta_ray.personalize.base_model import BaseModel, Wording, open_base
 from mta_ray.personalize.merge_then_adapt import encode
@@ -35,7 +37,7 @@ from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.memory import PeakMemory, watch_memory
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.progress import follow, open_board
-from mta_ray.pipeline.split import SplitConfig, split_users
+from mta_ray.pipeline.split import SplitConfig, check_same_line, split_users
 
 log = logging.getLogger(__name__)
 PROGRESS = "evaluate"
@@ -97,6 +99,8 @@ def evaluate(
         raise ValueError(
             f"{config.states} was made with another {' and '.join(other)} than the one given; run adapt-users again"
         )
+    for kind, path in (("base", config.base), ("bank", config.bank)):
+        check_same_line(config.split, open_artifact(path, kind=kind, verify=False).settings.get("split"), kind)
     settings = {k: v for k, v in jsonable(config).items() if k in ("title", "oppu", "split", "workers")}
     if not config.force and is_current(config.out, kind="report", settings=settings, inputs=hashes):
         log.info("report: %s is current, nothing to do", config.out)
@@ -111,8 +115,9 @@ def evaluate(
         nullcontext(memory) if memory else watch_memory() as memory,
     ):
         # 1. predictions
-        rows, costs = _predict(config, embeddings, bank)
-        predictions = _scored(rows, base.wording)
+        tested, leaks = _tested(config, embeddings)
+        rows, costs = _predict(config, tested, embeddings, bank)
+        predictions = _scored(rows, base.wording, persons(tested))
 
         # 2. report
         facts = ReportFacts(
@@ -127,6 +132,7 @@ def evaluate(
             peak_memory_mb=round(memory.peak_mb),
             versions={name: metadata.version(name) for name in VERSIONS},
             settings={"prompts": asdict(base.wording.prompts), "base": base.source} | settings,
+            leaks=leaks,
             curves=_curves(base, bank),
             map_points=_map(embeddings, bank, predictions),
         )
@@ -136,30 +142,44 @@ def evaluate(
 
         summary = summarise(predictions, facts, metrics)
         write_report(draft.path, summary, facts, predictions)
-        draft.facts.update(users=int(predictions["user_id"].nunique()), queries=int(predictions["query_id"].nunique()))
+        draft.facts.update(users=summary["users"], queries=summary["queries"])
     Console().print(table(summary))
     log.info("report: with pictures in %s/report.html", config.out)
     return config.out
 
 
+def _tested(config: EvaluateConfig, embeddings: Embeddings) -> tuple[list[User], Leaks]:
+    """The tested users, and what of their questions is known elsewhere."""
+    split = split_users(embeddings.user_ids, embeddings.items, embeddings.queries, config.split)
+    wanted = {embeddings.user_ids[row] for row in split.tested}
+    tested = [user for user in read_users(config.users) if user.id in wanted]
+    teaching = {embeddings.user_ids[row] for row in split.teachers}
+    leaks = find_leaks(tested, (user for user in read_users(config.users) if user.id in teaching))
+    if not leaks.is_clean:
+        log.warning("report: %s", leaks.told())
+    return tested, leaks
+
+
 def _predict(
-    config: EvaluateConfig, embeddings: Embeddings, bank: Bank
+    config: EvaluateConfig, tested: list[User], embeddings: Embeddings, bank: Bank
 ) -> tuple[list[dict[str, Any]], dict[str, _Cost]]:
     """(rows of predictions, method -> what it took for all users)."""
-    tested = split_users(embeddings.user_ids, embeddings.items, embeddings.queries, config.split).tested
-    vectors = encode(embeddings.means[tested], bank.center)
-    vector_of = {embeddings.user_ids[row]: vector for row, vector in zip(tested, vectors, strict=True)}
-    packs = packs_of(read_users(config.users), list(vector_of), config.workers)
+    row_of = {user_id: row for row, user_id in enumerate(embeddings.user_ids)}
+    vectors = encode(embeddings.means[[row_of[user.id] for user in tested]], bank.center)
+    vector_of = {user.id: vector for user, vector in zip(tested, vectors, strict=True)}
+    packs = packs_of(tested, list(vector_of), config.workers)
     board = open_board()
     rows: list[dict[str, Any]] = []
     costs: dict[str, _Cost] = defaultdict(_Cost)
     with follow(board, PROGRESS, len(tested), "users"):
+        workers = config.workers
+        actors = room_for(config.cluster, workers.actors, cpus=workers.cpus, gpus=workers.gpus)
         pool = ActorPool(
             [
                 ray.remote(_Evaluator)
                 .options(num_cpus=config.workers.cpus, num_gpus=config.workers.gpus)
                 .remote(config)
-                for _ in range(config.workers.actors)
+                for _ in range(actors)
             ]
         )
         work = [(pack, np.stack([vector_of[user.id] for user in pack])) for pack in packs]
@@ -192,9 +212,13 @@ class _Evaluator:
     def __init__(self, config: EvaluateConfig) -> None:
         start_worker(config.workers.cpus)
         self.config = config
-        self.base = open_base(config.base)
-        routed, bank = self.base.load_routed(config.bank, device=config.workers.device)
-        self.methods = Methods(routed, bank, self.base.wording, config.oppu)
+
+    @cached_property
+    def methods(self) -> Methods:
+        """With the first call: what goes wrong is then told as it was raised."""
+        base = open_base(self.config.base)
+        routed, bank = base.load_routed(self.config.bank, device=self.config.workers.device)
+        return Methods(routed, bank, base.wording, self.config.oppu)
 
     def run(self, users: list, vectors: np.ndarray) -> tuple[list[dict[str, Any]], dict[str, tuple[float, float]]]:
         states = read_states(self.config.states, [user.id for user in users])
@@ -223,9 +247,10 @@ class _Evaluator:
         return rows, costs
 
 
-def _scored(rows: list[dict[str, Any]], wording: Wording) -> pd.DataFrame:
+def _scored(rows: list[dict[str, Any]], wording: Wording, person_of: Mapping[str, str]) -> pd.DataFrame:
     frame = pd.DataFrame(rows).sort_values(["method", "user_id", "query_id"], ignore_index=True)
     labels = wording.labels or None
+    frame["person"] = [person_of[user_id] for user_id in frame["user_id"]]
     frame["score"] = [
         query_score(wording.task, said, gold, labels)
         for said, gold in zip(frame["prediction"], frame["gold"], strict=True)

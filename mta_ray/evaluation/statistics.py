@@ -49,8 +49,11 @@ def paired_bootstrap(
     samples: int = 2000,
     seed: int = 0,
     per: Literal["query", "user"] = "query",
+    people: Sequence[Any] | np.ndarray | pd.Series | None = None,
 ) -> Interval:
     """The mean gain with its percentile 95% interval; what is resampled is always users, with all their queries.
+
+    `people`: one for each gain, where some users are one person over again; then people are resampled.
 
     Semantics:
       per="query": mean over all queries, a user with many queries counts for more
@@ -70,6 +73,10 @@ def paired_bootstrap(
     weights: np.ndarray = np.bincount(owner).astype(np.float64)
     if per == "user":
         totals, weights = totals / weights, np.ones_like(weights)
+    if people is not None:
+        first = np.unique(owner, return_index=True)[1]  # a row of each user
+        person = pd.factorize(pd.Series(people).astype(str).to_numpy()[first], sort=True)[0]
+        totals, weights = np.bincount(person, weights=totals), np.bincount(person, weights=weights)
     return bootstrap(totals[:, None], weights, samples=samples, seed=seed)[0]
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from mta_ray.evaluation.statistics import Interval, paired_bootstrap, paired_gains
+from mta_ray.lamp.leaks import Leaks
 
 BASELINE = "non_personalised"
 """The method that every gain is measured against."""
@@ -90,6 +91,8 @@ class ReportFacts:
     peak_memory_mb: float | int = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    leaks: Leaks | None = None
+    """What of the tested users' questions is known elsewhere; none: nobody looked."""
     curves: Sequence[Curve] = ()
     map_points: Sequence[MapPoint] = ()
 
@@ -133,6 +136,7 @@ def summarise(
         "peak_memory_mb": facts.peak_memory_mb,
         "versions": facts.versions,
         "settings": facts.settings,
+        "leaks": asdict(facts.leaks) if facts.leaks else None,
     }
 
 
@@ -179,6 +183,11 @@ def _gain(frame: pd.DataFrame, method: str, over: str, samples: int, seed: int, 
     gains = paired_gains(frame, method, over)
     if not len(gains):
         return {"gain": None, "ci95_of_gain": None}
-    interval: Interval = paired_bootstrap(gains["user_id"], gains["gain"], samples=samples, seed=seed, per=per)
+    people = None
+    if "person" in frame:
+        people = gains["user_id"].map(frame.drop_duplicates("user_id").set_index("user_id")["person"])
+    interval: Interval = paired_bootstrap(
+        gains["user_id"], gains["gain"], samples=samples, seed=seed, per=per, people=people
+    )
     ends = None if math.isnan(interval.low) else [interval.low, interval.high]
     return {"gain": interval.mean, "ci95_of_gain": ends}

@@ -80,13 +80,14 @@ def _rating_of_gold(task: Task, gold: str) -> float:
 
 
 def _rating(text: str, truth: float, scale: tuple[str, ...]) -> float:
-    """The number said; what is no number on the scale counts as the end of the scale that is farther from the truth."""
+    """The number said, on the scale or not, as LaMP takes it; what is none counts as the scale's end that is farther
+    from the truth."""
     low, high = float(scale[0]), float(scale[-1])
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if low <= value <= high:
+    if math.isfinite(value):
         return value
     return low if truth - low > high - truth else high
 
@@ -106,4 +107,4 @@ def _warn_of_wordless(task: str) -> None:
 
 @cache
 def _rouge() -> RougeScorer:
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)  # as LaMP's own evaluation

@@ -14,6 +14,9 @@ import fsspec
 from ijson.backends import yajl2_c as ijson
 from ijson.common import JSONError
 
+LINE_BYTES_MAX = 64 * 2**20
+"""Of one record a line: more is no such file."""
+
 
 class Unreadable:
     """Stands where a record is that cannot be read."""
@@ -198,7 +201,12 @@ def _is_broken(value: Any) -> bool:
 def _lines(file: str, tell: Callable[[int], None]) -> Iterator[Any]:
     with open_bytes(file) as stream:
         position, is_first = 0, True
-        for line in stream:
+        for line in iter(lambda: stream.readline(LINE_BYTES_MAX), b""):
+            if len(line) == LINE_BYTES_MAX:
+                raise ValueError(
+                    f"{file} has a line of more than {LINE_BYTES_MAX // 2**20} MiB and is no list of records; LaMP's "
+                    "files are one list, or one record a line"
+                )
             line = line if position else line.removeprefix(codecs.BOM_UTF8)
             position += len(line)
             if not line.strip():

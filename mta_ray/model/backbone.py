@@ -14,7 +14,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from mta_ray.lora.adapter import Adapter
@@ -107,6 +114,7 @@ def load_backbone(
             f"no causal language model could be loaded from {source!r}: {reason}; pass the name of a Hugging Face "
             f"model, a folder with config.json and safetensors, or {EMBEDDED!r}"
         ) from error
+    model.generation_config = GenerationConfig()  # a checkpoint's own may penalise repetition: greedy is greedy
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if adapter is not None:

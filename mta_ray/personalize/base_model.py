@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ class BaseModel:
 
     path: Path
     hash: str
+    """Of the artifact and the model that it stands for."""
     fingerprint: str
     source: str
     dtype: str
@@ -87,7 +89,7 @@ class BaseModel:
         if backbone.fingerprint != self.fingerprint:
             raise ValueError(
                 f"the base model {self.source!r} is not the one that {self.path} was made with "
-                f"({backbone.fingerprint[:12]}, not {self.fingerprint[:12]}); run train-base again"
+                f"({backbone.fingerprint[:12]}, not {self.fingerprint[:12]}); run train-base again, with --force"
             )
         return backbone
 
@@ -108,7 +110,8 @@ def open_base(path: str | Path) -> BaseModel:
     )
     return BaseModel(
         path=artifact.path,
-        hash=artifact.hash,
+        # The same settings over another model make the same files where nothing is trained.
+        hash=hashlib.sha256(f"{artifact.hash}/{facts['fingerprint']}".encode()).hexdigest(),
         fingerprint=facts["fingerprint"],
         source=facts["source"],
         dtype=facts["dtype"],

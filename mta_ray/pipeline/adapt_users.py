@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,20 @@ import ray
 from ray.util import ActorPool
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
-from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.cluster import ClusterConfig, connect, room_for
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter, from_bytes, to_bytes
 from mta_ray.lora.bank import load_bank
 from mta_ray.lora.slots import Route
-from mta_ray.personalize.base_model import open_base, tokenised
+from mta_ray.model.backbone import RoutedModel
+from mta_ray.personalize.base_model import BaseModel, open_base, tokenised
 from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig, encode, route_users, stack_users
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.progress import follow, open_board
-from mta_ray.pipeline.split import SplitConfig, split_users
+from mta_ray.pipeline.split import SplitConfig, check_same_line, split_users
 
 log = logging.getLogger(__name__)
 KIND = "user-states"
@@ -138,7 +140,10 @@ def adapt_users(config: AdaptUsersConfig) -> str:
             f"bank {config.bank} was built on encoder {bank.encoder!r}, {config.embeddings} holds {table.encoder!r}; "
             "embed the users with the bank's encoder"
         )
-    bank_hash = open_artifact(config.bank, kind="bank", verify=False).hash
+    made = open_artifact(config.bank, kind="bank", verify=False)
+    if not config.everybody:
+        check_same_line(config.split, made.settings.get("split"), "bank")
+    bank_hash = made.hash
     kept = ("fusion", "stack", "everybody", "split", "workers")
     settings = {k: v for k, v in jsonable(config).items() if k in kept}
     inputs = {"users": users.hash, "embeddings": table.hash, "base": base.hash, "bank": bank_hash}
@@ -162,12 +167,14 @@ def adapt_users(config: AdaptUsersConfig) -> str:
             follow(board, PROGRESS, len(rows), "users"),
             pq.ParquetWriter(draft.path / "states.parquet", _SCHEMA) as out,
         ):
+            workers = config.workers
+            actors = room_for(config.cluster, workers.actors, cpus=workers.cpus, gpus=workers.gpus)
             pool = ActorPool(
                 [
                     ray.remote(_Stacker)
                     .options(num_cpus=config.workers.cpus, num_gpus=config.workers.gpus)
                     .remote(config)
-                    for _ in range(config.workers.actors)
+                    for _ in range(actors)
                 ]
             )
             packs = packs_of(read_users(config.users), list(route_of), config.workers)
@@ -206,15 +213,20 @@ class _Stacker:
     def __init__(self, config: AdaptUsersConfig) -> None:
         start_worker(config.workers.cpus)
         self.config = config
-        self.base = open_base(config.base)
-        self.routed, _ = self.base.load_routed(config.bank, device=config.workers.device)
+
+    @cached_property
+    def loaded(self) -> tuple[BaseModel, RoutedModel]:
+        """With the first call: what goes wrong is then told as it was raised."""
+        base = open_base(self.config.base)
+        return base, base.load_routed(self.config.bank, device=self.config.workers.device)[0]
 
     def stack(self, pack: list[tuple[User, Route]]) -> list[dict[str, Any]]:
         started_s = time.perf_counter()
-        backbone, wording = self.routed.backbone, self.base.wording
+        base, routed = self.loaded
+        backbone, wording = routed.backbone, base.wording
         work = [(user.id, tokenised(backbone, wording.history(user)), {BANK: route}) for user, route in pack]
         able = [one for one in work if one[1]]
-        trained = stack_users(self.routed, able, self.config.stack).adapters if able else []
+        trained = stack_users(routed, able, self.config.stack).adapters if able else []
         adapters = {user_id: adapter for (user_id, _, _), adapter in zip(able, trained, strict=True)}
         seconds = (time.perf_counter() - started_s) / len(pack)
         stacks = {user_id: to_bytes(adapter) for user_id, adapter in adapters.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from numpy import ndarray
 from ray.actor import ActorHandle
 
 from mta_ray.artifacts import is_current, located, open_artifact, publish, read_manifest
-from mta_ray.cluster import ClusterConfig, connect, fixed_cpus
+from mta_ray.cluster import ClusterConfig, connect, fixed_cpus, room_for
+from mta_ray.files import folder_identity
 from mta_ray.lamp.prompts import render_item
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import User, from_table
@@ -64,6 +67,9 @@ class EmbedUsersConfig:
         for name in ("max_items", "max_words", "actors", "users_per_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("cpus_per_actor", "gpus_per_actor"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +95,14 @@ def embed_users(config: EmbedUsersConfig) -> str:
     users = read_manifest(config.users, kind="users")
     settings = {"encoder": config.encoder, "max_items": config.max_items, "max_words": config.max_words}
     inputs = {"users": users.hash}
+    if Path(config.encoder).is_dir():  # it may hold another one today
+        inputs["encoder"] = folder_identity(config.encoder)
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
         log.info("embeddings: %s is current, nothing to do", config.out)
         return config.out
     with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         board = open_board()
+        actors = room_for(config.cluster, config.actors, cpus=0, gpus=config.gpus_per_actor)
         cpus_per_actor = config.cpus_per_actor
         if (cpus := fixed_cpus(config.cluster)) is not None:  # one is for those who read, or all would wait for ever
             cpus_per_actor = min(cpus_per_actor, max(0.0, cpus - 1) / config.actors)
@@ -110,7 +119,7 @@ def embed_users(config: EmbedUsersConfig) -> str:
                 batch_size=config.users_per_batch,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
-                compute=ray.data.ActorPoolStrategy(size=config.actors),
+                compute=ray.data.ActorPoolStrategy(size=actors),
                 num_cpus=cpus_per_actor,
                 num_gpus=config.gpus_per_actor,
             )
@@ -136,18 +145,27 @@ def read_embeddings(path: str | Path, *, users: str | None = None) -> Embeddings
         user_ids=table["user_id"].to_pylist(),
         items=table["items"].to_pylist(),
         queries=table["queries"].to_pylist(),
-        means=np.array(table["mean"].to_pylist(), dtype=np.float32),
+        means=_matrix(table["mean"]),
         hash=artifact.hash,
         encoder=artifact.facts["encoder"],
     )
 
 
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """(rows, dim) float32 of lists of one length."""
+    flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks] or [[]])
+    return flat.astype(np.float32).reshape(len(column), -1 if len(column) else 0)
+
+
 class _EmbedBatch:
-    """Loads the encoder once, then embeds one batch of users a call."""
+    """Loads the encoder with the first call, so that what goes wrong is told as it was raised; then a batch a call."""
 
     def __init__(self, config: EmbedUsersConfig, board: ActorHandle) -> None:
         self.config, self.board = config, board
-        self.encoder = Encoder(config.encoder, device="cuda" if config.gpus_per_actor else "cpu")
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.config.encoder, device="cuda" if self.config.gpus_per_actor else "cpu")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         users = from_table(batch)

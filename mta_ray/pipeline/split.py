@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mta_ray.lamp.users import FEW_SHOT_ITEMS
 
@@ -51,6 +52,17 @@ def split_users(user_ids: Sequence[str], items: Sequence[int], queries: Sequence
     if not teachers:
         raise ValueError(f"none of {len(user_ids)} users has more than {FEW_SHOT_ITEMS} items: nobody to learn from")
     return Split(teachers=sorted(teachers), tested=sorted(tested))
+
+
+def check_same_line(config: SplitConfig, made_with: Mapping[str, Any] | None, what: str) -> None:
+    """Raise ValueError where what teaches was made with another line: tested users may have taught it."""
+    names = ("seed", "test_share")
+    other = [name for name in names if made_with is not None and made_with.get(name) != getattr(config, name)]
+    if other and made_with is not None:
+        raise ValueError(
+            f"the {what} was made with split.{other[0]} {made_with.get(other[0])}, not {getattr(config, other[0])}: "
+            f"whoever is tested now may have taught it; give the same split, or make the {what} again"
+        )
 
 
 def _uniform(seed: int, user_id: str) -> float:

@@ -14,9 +14,10 @@ from ray.actor import ActorHandle
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
 from mta_ray.cluster import ClusterConfig, check_room, connect
+from mta_ray.files import folder_identity
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lora.adapter import Adapter, save_peft
-from mta_ray.model.backbone import EMBEDDED, RoutedModel, load_backbone
+from mta_ray.model.backbone import EMBEDDED, RoutedModel, embedded_path, load_backbone
 from mta_ray.model.four_bit import Quantization, check_available, four_bit_mark
 from mta_ray.personalize.base_model import KIND, PromptConfig, Wording, open_base, tokenised
 from mta_ray.personalize.lanes import Job
@@ -112,6 +113,9 @@ def train_base(config: TrainBaseConfig) -> str:
         if k not in ("out", "force", "cluster", "users", "embeddings", "group")
     }
     inputs = {"users": users.hash, "embeddings": embeddings.hash}
+    source = embedded_path() if config.base_model == EMBEDDED else config.base_model
+    if Path(source).is_dir():  # a name says which model; a folder may hold another one today
+        inputs["base_model"] = folder_identity(source)
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
         log.info("base: %s is current, nothing to do", config.out)
         return config.out
@@ -157,6 +161,11 @@ def _loop(settings: dict[str, Any]) -> None:
     device = "cpu" if config.group.zero_stage == 3 else config.group.device
     backbone = load_backbone(config.base_model, dtype=config.dtype, device=device, quantization=config.quantization)
     examples = tokenised(backbone, _examples(config, wording))
+    if not examples:
+        raise ValueError(
+            f"no history item of the teachers makes an example of {wording.task.name}: none has what a question of the "
+            "task asks for (profiles of LaMP-1's own files name no citation: give processed files)"
+        )
 
     def on_step(step: int) -> None:
         if is_first_worker():

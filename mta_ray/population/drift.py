@@ -155,7 +155,7 @@ def _look(config: DriftConfig, made: SimulateUsersConfig, week: int, before: lis
     # 3. answers
     how = JudgeConfig(
         base=config.base, bank=config.bank, max_items=config.embed.max_items, max_words=config.embed.max_words,
-        workers=config.workers,
+        workers=config.workers, cluster=config.cluster,
     )  # fmt: skip
     scores = judge(how, asked, then, {"first week": before})
     means = scores.groupby("method")["score"].mean()

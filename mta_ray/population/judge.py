@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pandas as pd
 import ray
 from ray.util import ActorPool
 
+from mta_ray.cluster import ClusterConfig, room_for
 from mta_ray.evaluation.statistics import Interval, paired_bootstrap, paired_gains
 from mta_ray.lamp.metrics import query_score
 from mta_ray.lamp.users import User
@@ -61,6 +62,7 @@ class JudgeConfig:
     max_words: int
     """Words of each."""
     workers: ActorConfig
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 def judge(
@@ -73,7 +75,8 @@ def judge(
 
     `known` names other states of the same users, in the same order, for questions that route by them.
     """
-    actors = min(config.workers.actors, len(questions))
+    workers = config.workers
+    actors = room_for(config.cluster, min(workers.actors, len(questions)), cpus=workers.cpus, gpus=workers.gpus)
     pool = ActorPool(
         [
             ray.remote(_Judge)

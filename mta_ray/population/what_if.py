@@ -115,8 +115,9 @@ def simulate_what_if(config: WhatIfConfig) -> str:
     asked = questions(config, bank)
     with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         how = JudgeConfig(
-            base=config.base, bank=config.bank, max_items=max_items, max_words=config.max_words, workers=config.workers
-        )
+            base=config.base, bank=config.bank, max_items=max_items, max_words=config.max_words, workers=config.workers,
+            cluster=config.cluster,
+        )  # fmt: skip
         bare = Question(name=BARE, fusion=None)
         scores = judge(how, [bare, *asked.values()], people)
         rows = []

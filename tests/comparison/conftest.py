@@ -7,8 +7,8 @@ import pytest
 from benchmark_rows import made_results
 
 from mta_ray.comparison.judge import BenchmarkFacts
-from mta_ray.comparison.leaks import Leaks
 from mta_ray.comparison.results import GROUPS, SPENT
+from mta_ray.lamp.leaks import Leaks
 
 
 @pytest.fixture(scope="session")

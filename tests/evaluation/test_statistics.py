@@ -152,3 +152,17 @@ def test_holm_by_hand():
     assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize("per", ["query", "user"])
+def test_users_who_are_one_person_over_again_are_drawn_together(per):
+    """Everybody twice under other ids: as sure as once, and less sure than if they were others."""
+    rng = np.random.default_rng(5)
+    ids = np.repeat([f"u{n}" for n in range(12)], rng.integers(1, 5, size=12))
+    gains = rng.normal(0.1, 1, size=len(ids))
+    once = paired_bootstrap(ids, gains, per=per)
+    twice = ([*ids, *(f"{i} again" for i in ids)], [*gains, *gains])
+    told = paired_bootstrap(*twice, per=per, people=[*ids, *ids])
+    assert (told.mean, told.low, told.high) == pytest.approx((once.mean, once.low, once.high))
+    untold = paired_bootstrap(*twice, per=per)
+    assert untold.high - untold.low < 0.85 * (once.high - once.low)

@@ -21,17 +21,19 @@ def test_accuracy_and_macro_f1_by_hand():
 
 
 def test_rating_errors_by_hand():
-    # off by 1; no number, counted as 5 (off by 3); beyond the scale, counted as 1 (off by 4)
+    # off by 1; no number, counted as 5 (off by 3); beyond the scale, as it is (off by 4)
     values = score(RATING, ["4", "good", "9"], ["5", "2", "5"])
     assert values == {"mae": pytest.approx(8 / 3), "rmse": pytest.approx(math.sqrt(26 / 3))}
     assert score(RATING, ["nan", "4.0"], ["3", "4"])["mae"] == 1
+    assert score(RATING, ["55", "-1.5"], ["5", "1"])["mae"] == pytest.approx((50 + 2.5) / 2)
 
 
 def test_rouge_by_hand():
     # 5 of 5 words said are among the 6: P 1, R 5/6. Longest common sequence "the cat the mat": P 4/5, R 4/6.
     values = score(TITLE, ["the cat the mat sat"], ["The cat sat on the mat"])
     assert values == {"rouge_1": pytest.approx(10 / 11), "rouge_L": pytest.approx(8 / 11)}
-    assert score(TITLE, ["running cats", ""], ["run cat", "dog"]) == {"rouge_1": 0.5, "rouge_L": 0.5}
+    # words are compared as they are, without their stems
+    assert score(TITLE, ["running cat", ""], ["run cat", "dog"]) == {"rouge_1": 0.25, "rouge_L": 0.25}
 
 
 def test_a_query_score_is_higher_where_the_answer_is_better():

@@ -354,6 +354,27 @@ def test_a_stack_is_loaded_while_others_are_decoded(world):
     assert fresh.engine.generate([fresh.request(random.Random(1), user=5, max_new_tokens=6)]) == got
 
 
+def test_a_wiped_slot_adds_nothing_and_its_neighbours_stay(world):
+    """A deleted user's stack, and a deleted anchor."""
+    draw = random.Random(7)
+    mine, other = (world.request(draw, user=user, max_new_tokens=8) for user in (2, 3))
+    anchor = world.request(draw, user=STACKS, max_new_tokens=8, routes={"bank": Route(slots=(1,), weights=(1.0,))})
+    bare = [replace(mine, routes={"bank": mine.routes["bank"]}), replace(anchor, routes={})]
+    had = [answer.tokens for answer in world.engine.generate([mine, anchor])]
+    wanted = [answer.tokens for answer in world.engine.generate(bare)]
+    assert all(one != without for one, without in zip(had, wanted, strict=True))
+    without_anchor = replace(other, routes={"stack": other.routes["stack"]})
+    kept = world.engine.generate([without_anchor])[0].tokens
+
+    world.engine.start()
+    world.engine.wipe("stack", 2).result()
+    assert world.engine.generate([mine])[0].tokens == wanted[0]
+    world.engine.wipe("bank", 1).result()
+    assert world.engine.generate([anchor])[0].tokens == wanted[1]
+    assert world.engine.generate([without_anchor])[0].tokens == kept
+    world.engine.close()
+
+
 def test_streams_on_an_event_loop_and_a_client_that_leaves(world):
     draw = random.Random(61)
     requests = [world.request(draw, max_new_tokens=12) for _ in range(9)]

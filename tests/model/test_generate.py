@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.slots import Route, put
@@ -84,3 +85,17 @@ def test_target_modules_by_table_by_name_and_all(tiny_model):
 def test_a_base_model_that_is_not_there_is_said():
     with pytest.raises(ValueError, match="no causal language model"):
         load_backbone("/nowhere/at-all")
+
+
+def test_greedy_is_greedy_whatever_a_checkpoint_says_of_its_generation(tiny_model, tmp_path):
+    backbone = tiny_model()
+    for name, penalty in (("plain", None), ("penalised", 50.0)):
+        backbone.model.save_pretrained(tmp_path / name)
+        backbone.tokenizer.save_pretrained(tmp_path / name)
+        if penalty:
+            GenerationConfig(repetition_penalty=penalty, num_beams=2).save_pretrained(tmp_path / name)
+    said = [
+        answer(RoutedModel(load_backbone(str(tmp_path / name))), ["a film about robots"], max_new_tokens=12)
+        for name in ("plain", "penalised")
+    ]
+    assert said[0] == said[1] and said[0][0]

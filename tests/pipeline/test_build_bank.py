@@ -18,6 +18,8 @@ from peft import PeftModel
 
 from mta_ray.artifacts import copy_artifact, open_artifact
 from mta_ray.benchmarks.small_world import WORLD
+from mta_ray.cli import message_of
+from mta_ray.errors import root_cause
 from mta_ray.lora.bank import load_bank
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.personalize.base_model import open_base, tokenised
@@ -28,7 +30,7 @@ from mta_ray.personalize.training import train_pack
 from mta_ray.pipeline.adapt_users import ActorConfig, AdaptUsersConfig, adapt_users, packs_of, read_states
 from mta_ray.pipeline.bank.files import AdapterFiles
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
-from mta_ray.pipeline.embed_users import read_embeddings
+from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
 from mta_ray.pipeline.group import GroupConfig
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.split import SplitConfig, split_users
@@ -288,3 +290,40 @@ def test_users_in_a_store_are_read_where_they_lie(taught, s3, tmp_path):
     assert done.stdout.strip() == str(ids), done.stderr
     assert not any(Path(os.environ["MTA_CACHE"]).glob("*"))
     assert "1 of 1 anchors are not among the users" in done.stderr
+
+
+def test_another_model_in_the_same_folder_is_another_base(taught, tiny_model, tmp_path):
+    """Nothing is trained, so that nothing but the model tells the two apart."""
+    config = TrainBaseConfig(
+        users=str(taught / "users"), embeddings=str(taught / "embeddings"), mode="none",
+        base_model=str(tmp_path / "model"), out=str(tmp_path / "base"),
+    )  # fmt: skip
+    seen = []
+    for seed in (0, 0, 1):
+        backbone = tiny_model(seed)
+        backbone.model.save_pretrained(tmp_path / "model")
+        backbone.tokenizer.save_pretrained(tmp_path / "model")
+        train_base(config)
+        base = open_base(config.out)
+        base.load()  # it is the one that lies there
+        seen.append((base.hash, (tmp_path / "base" / "manifest.json").stat().st_ino))
+    assert seen[0] == seen[1] and seen[0][0] != seen[2][0]
+
+
+def test_a_split_that_may_test_who_has_taught_is_refused(taught, whole):
+    other = SplitConfig(seed=7)
+    config = AdaptUsersConfig(
+        users=str(taught / "users"), embeddings=str(taught / "embeddings"), base=str(taught / "base"), bank=whole,
+        split=other, out=str(taught / "other"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the bank was made with split.seed 0, not 7"):
+        adapt_users(config)
+
+
+def test_an_encoder_that_is_none_is_told_as_it_was_raised(taught, tmp_path):
+    config = EmbedUsersConfig(users=str(taught / "users"), encoder=str(tmp_path), out=str(tmp_path / "embeddings"))
+    with pytest.raises(Exception) as error:
+        embed_users(config)
+    cause = root_cause(error.value)
+    assert isinstance(cause, ValueError) and "no sentence encoder could be loaded from" in str(cause)
+    assert "Traceback" not in message_of(cause)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mta_ray.cluster import ClusterConfig, check_room
+from mta_ray.cluster import ClusterConfig, check_room, room_for
 from mta_ray.personalize.base_model import PromptConfig
 from mta_ray.personalize.merge_then_adapt import FusionConfig
 from mta_ray.personalize.searched_weights import SearchConfig
@@ -22,6 +22,16 @@ def test_a_group_that_this_machine_never_has_room_for_is_refused_instead_of_wait
     for wanted, name in (({"cpus": 3, "gpus": 0}, "3 CPUs"), ({"cpus": 1, "gpus": 1}, "1 GPUs")):
         with pytest.raises(ValueError, match=f"one training group wants {name}, and this machine's cluster has"):
             check_room(ClusterConfig(), **wanted)
+
+
+def test_of_more_processes_than_have_room_so_many_are_made(ray_local) -> None:
+    assert room_for(ClusterConfig(), 5, cpus=1, gpus=0) == 2
+    assert room_for(ClusterConfig(), 1, cpus=1, gpus=0) == 1
+    assert room_for(ClusterConfig(), 5, cpus=0.5, gpus=0) == 4
+    assert room_for(ClusterConfig(address="host:1"), 5, cpus=9, gpus=9) == 5  # may grow
+    for each in ({"cpus": 3, "gpus": 0}, {"cpus": 1, "gpus": 0.5}):
+        with pytest.raises(ValueError, match="and this machine's cluster has 2 and 0"):
+            room_for(ClusterConfig(), 2, **each)
 
 
 NAN, INF = float("nan"), float("inf")

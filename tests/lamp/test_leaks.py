@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mta_ray.comparison.leaks import check_leaks, find_leaks, persons
+from mta_ray.lamp.leaks import check_leaks, find_leaks, persons
 from mta_ray.lamp.users import HistoryItem, Query, User
 
 

@@ -55,6 +55,13 @@ class Leaks:
     def is_clean(self) -> bool:
         return not self.leaked and not self.twins
 
+    def told(self) -> str:
+        """In a sentence."""
+        counts = [f"{count} {KINDS[kind]}" for kind, count in self.kinds.items() if count]
+        counts += [f"{self.twins} of {self.users} tested users are another user over again"] if self.twins else []
+        known = f"of {self.queries} questions {self.leaked} leak ({self.with_answer} with their answer)"
+        return f"{known}: {'; '.join(counts)}" if counts else known
+
 
 def check_leaks(dataset: str, tested: Sequence[User], teachers: Iterable[User], *, allow: Iterable[str] = ()) -> Leaks:
     """The counts of a data set; raises ValueError if there are any and `allow` does not name it.
@@ -64,11 +71,9 @@ def check_leaks(dataset: str, tested: Sequence[User], teachers: Iterable[User], 
     found = find_leaks(tested, teachers)
     is_allowed = dataset in set(allow)
     if not found.is_clean and not is_allowed:
-        counts = [f"{count} {KINDS[kind]}" for kind, count in found.kinds.items() if count]
-        counts += [f"{found.twins} of {found.users} tested users are another user over again"] if found.twins else []
         raise ValueError(
-            f"data set {dataset}: of {found.queries} questions {found.leaked} leak ({found.with_answer} with their "
-            f"answer): {'; '.join(counts)}. Mend the data, or pass --allow-leaks {dataset} to go on; the report says so"
+            f"data set {dataset}: {found.told()}. Mend the data, or pass --allow-leaks {dataset} to go on; the report "
+            "says so"
         )
     return Leaks(**asdict(found) | {"is_allowed": is_allowed})
 
