@@ -125,7 +125,7 @@ def check_room(config: ClusterConfig, *, cpus: int, gpus: int) -> None:
             )
 
 
-def room_for(config: ClusterConfig, wanted: int, *, cpus: float, gpus: float) -> int:
+def room_for(config: ClusterConfig, wanted: int, *, cpus: float | int, gpus: float | int) -> int:
     """How many of `wanted` processes, with so many CPUs and GPUs each, have room at once on the cluster of this run
     alone; all of them on one that may grow. Raises ValueError where not one has: Ray would wait for ever."""
     if fixed_cpus(config) is None:
