@@ -110,24 +110,9 @@ def fixed_cpus(config: ClusterConfig) -> float | None:
     return float(ray.cluster_resources().get("CPU", 0.0))
 
 
-def check_room(config: ClusterConfig, *, cpus: int, gpus: int) -> None:
-    """Raise ValueError where the cluster of this run alone has not so many and never will: Ray would wait for ever."""
-    if fixed_cpus(config) is None:
-        return
-    for name, wanted, here in (
-        ("CPUs", cpus, ray.cluster_resources().get("CPU", 0)),
-        ("GPUs", gpus, ray.cluster_resources().get("GPU", 0)),
-    ):
-        if wanted > here:
-            raise ValueError(
-                f"one training group wants {wanted} {name}, and this machine's cluster has {here:g}; give "
-                "fewer workers or less for each (group.workers, …-per-worker), or a larger cluster (cluster.address)"
-            )
-
-
 def room_for(config: ClusterConfig, wanted: int, *, cpus: float | int, gpus: float | int) -> int:
-    """How many of `wanted` processes, with so many CPUs and GPUs each, have room at once on the cluster of this run
-    alone; all of them on one that may grow. Raises ValueError where not one has: Ray would wait for ever."""
+    """How many of `wanted` processes or groups, with so many CPUs and GPUs each, have room at once on the cluster of
+    this run alone; all of them on one that may grow. Raises ValueError where not one has: Ray would wait for ever."""
     if fixed_cpus(config) is None:
         return wanted
     here = ray.cluster_resources()
@@ -136,8 +121,8 @@ def room_for(config: ClusterConfig, wanted: int, *, cpus: float | int, gpus: flo
         fits = min(fits, int(here.get(name, 0) / each)) if each else fits
     if fits < 1:
         raise ValueError(
-            f"one process wants {cpus:g} CPUs and {gpus:g} GPUs, and this machine's cluster has {here.get('CPU', 0):g} "
-            f"and {here.get('GPU', 0):g}; give each less (workers.cpus, workers.gpus), or a larger cluster "
+            f"{cpus:g} CPUs and {gpus:g} GPUs are wanted at once, this machine's cluster has {here.get('CPU', 0):g} "
+            f"and {here.get('GPU', 0):g}; ask for less (workers, and CPUs and GPUs of each), or give a larger cluster "
             "(cluster.address)"
         )
     if fits < wanted:

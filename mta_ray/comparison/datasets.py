@@ -169,8 +169,13 @@ def write_tested(
     """Publish the tested users with their mean item vectors at each budget, on the connected cluster."""
     wanted = list(dict.fromkeys([ALL, *budgets]))
     table = read_embeddings(embeddings)
-    settings = {"budgets": wanted, "split": split, "max_items": embed.max_items, "max_words": embed.max_words}
-    settings["facts"] = "encode_s, max_items"
+    settings: dict[str, Any] = {
+        "budgets": wanted,
+        "split": split,
+        "max_items": embed.max_items,
+        "max_words": embed.max_words,
+    }
+    settings["edition"] = 2  # with encode_s in its facts
     inputs = {"users": open_artifact(users, kind="users", verify=False).hash, "embeddings": table.hash}
     if is_current(out, kind=TESTED, settings=settings, inputs=inputs):
         return out
@@ -180,7 +185,7 @@ def write_tested(
         task = ray.remote(_cut_means).options(num_cpus=workers.cpus, num_gpus=workers.gpus)
         means, encode_s = ray.get(task.remote(tested, wanted, table.encoder, embed.max_items, embed.max_words, workers))
         means[ALL] = table.means[[row[user.id] for user in tested]]
-        draft.facts.update(encode_s=encode_s, max_items=embed.max_items)
+        draft.facts.update(encode_s=encode_s)
         pq.write_table(to_table(tested), draft.path / "users.parquet")
         vectors = {budget: pa.array(list(rows), type=pa.list_(pa.float32())) for budget, rows in means.items()}
         pq.write_table(pa.table(vectors), draft.path / "vectors.parquet")
@@ -195,7 +200,7 @@ def read_tested(path: str) -> Subjects:
         users=from_table(pq.read_table(artifact.path / "users.parquet")),
         means={name: np.array(vectors[name].to_pylist(), dtype=np.float32) for name in vectors.column_names},
         encode_s=artifact.facts["encode_s"],
-        max_items=artifact.facts["max_items"],
+        max_items=artifact.settings["max_items"],
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mta_ray.artifacts import ArtifactError, is_current, jsonable, located, read_manifest, refuse_stranger
-from mta_ray.cluster import ClusterConfig, check_room, connect
+from mta_ray.cluster import ClusterConfig, connect, room_for
 from mta_ray.lora.bank import assemble, save_bank
 from mta_ray.object_store import told
 from mta_ray.personalize.base_model import open_base
@@ -188,12 +188,7 @@ def _train_missing(
     if finished:
         log.info("bank: %d of %d adapters are there already", len(finished), len(ids))
     with connect(config.cluster):
-        group = config.group
-        check_room(
-            config.cluster,
-            cpus=group.workers * max(1, group.cpus_per_worker),
-            gpus=group.workers * group.gpus_per_worker,
-        )
+        room_for(config.cluster, 1, cpus=config.group.least_cpus, gpus=config.group.gpus)
         collect_histories(config.users, ids, files.histories, inputs=inputs)
         return train_adapters(_plan(config, files, len(missing)), missing, len(finished))
 

@@ -60,6 +60,16 @@ class GroupConfig:
     def device(self) -> str:
         return "cuda" if self.gpus_per_worker else "cpu"
 
+    @property
+    def least_cpus(self) -> int:
+        """Of all workers together, without which the group cannot start."""
+        return self.workers * max(1, self.cpus_per_worker)
+
+    @property
+    def gpus(self) -> int:
+        """Of all workers together."""
+        return self.workers * self.gpus_per_worker
+
 
 def cpus_per_worker(config: GroupConfig, groups: int) -> int:
     """CPUs for each worker of `groups` groups on the connected cluster."""

@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
-from mta_ray.cluster import ClusterConfig, check_room, connect
+from mta_ray.cluster import ClusterConfig, connect, room_for
 from mta_ray.files import folder_identity
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lora.adapter import Adapter, save_peft
@@ -123,12 +123,8 @@ def train_base(config: TrainBaseConfig) -> str:
         if config.mode == "none":
             report = {"fingerprint": _fingerprint(config), "losses": []}
         else:
-            board, group = open_board(), config.group
-            check_room(
-                config.cluster,
-                cpus=group.workers * max(1, group.cpus_per_worker),
-                gpus=group.workers * group.gpus_per_worker,
-            )
+            board = open_board()
+            room_for(config.cluster, 1, cpus=config.group.least_cpus, gpus=config.group.gpus)
             with follow(board, PROGRESS, config.train.steps, "steps"):
                 cpus = cpus_per_worker(config.group, groups=1)
                 settings_of_loop = {"config": config, "out": str(draft.path), "board": board}

@@ -32,8 +32,8 @@ USERS = [
 
 @pytest.fixture
 def cell(tmp_path: Path) -> Cell:
-    with publish(tmp_path / "tested", kind=TESTED, settings={}, inputs={}) as draft:
-        draft.facts.update(encode_s=0.5, max_items=4)
+    with publish(tmp_path / "tested", kind=TESTED, settings={"max_items": 4}, inputs={}) as draft:
+        draft.facts["encode_s"] = 0.5
         pq.write_table(to_table(USERS), draft.path / "users.parquet")
         pq.write_table(pa.table({"all": [[0.0]] * 3}), draft.path / "vectors.parquet")
     return Cell(

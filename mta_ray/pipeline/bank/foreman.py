@@ -42,10 +42,13 @@ class Roster:
     """Group to what it has in its lanes."""
     finished: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)
-    progress: int = 0
-    """Grows with everything that need not be done again: a group that dies while it grows may start again."""
     progress_of: Counter[int] = field(default_factory=Counter)
-    """The same of each group by itself."""
+    """Of each group; grows with everything that need not be done again."""
+
+    @property
+    def progress(self) -> int:
+        """Of all groups: one that dies while it grows may start again."""
+        return self.progress_of.total()
 
     @property
     def is_done(self) -> bool:
@@ -82,7 +85,6 @@ class Roster:
 
     def got_on(self, group: int) -> None:
         """Something of this group's need not be done again."""
-        self.progress += 1
         self.progress_of[group] += 1
 
     def leave(self, group: int) -> list[int]:

@@ -146,9 +146,8 @@ def test_a_group_that_dies_again_and_again_without_getting_on_has_half_of_its_la
     assert known == wanted
     ray.get(foreman.came.remote(0, None))  # and dies before it has any lanes: that is no sign
     for _ in range(4):
-        if between:
-            ray.get(foreman.kept.remote(1))
-            group.failed(ray.exceptions.ActorDiedError())
+        ray.get(foreman.kept.remote(1))
+        group.failed(ray.exceptions.ActorDiedError())
     assert own.files.known_lanes() == wanted[-1]
 
 
