@@ -27,10 +27,10 @@ from mta_ray.comparison.results import ALL
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import FEW_SHOT_ITEMS, SCHEMA, Query, User, from_table, to_table
 from mta_ray.pipeline.adapt_users import ActorConfig
-from mta_ray.pipeline.embed_users import Embeddings, EmbedUsersConfig, item_texts, read_embeddings
+from mta_ray.pipeline.embed_users import EmbedUsersConfig, item_texts, read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.prepare_users import read_users
-from mta_ray.pipeline.split import SplitConfig, split_users
+from mta_ray.pipeline.split import SplitConfig, tested_of
 from mta_ray.population.people import SIMULATED_TASKS
 from mta_ray.similarity.embedding import Encoder
 
@@ -101,23 +101,6 @@ def join_teachers(own: str, teachers: Sequence[str], out: str) -> str:
         draft.facts.update(task=opened[0].facts["task"], labels=list(labels))
         draft.facts.update(users=sum(counts), records=sum(counts), rejects=0, teachers_from_elsewhere=sum(counts[1:]))
     return out
-
-
-def teachers_of(users: str, embeddings: Embeddings, split: SplitConfig) -> Iterator[User]:
-    """The users that teach base and bank."""
-    rows = split_users(embeddings.user_ids, embeddings.items, embeddings.queries, split).teachers
-    wanted = {embeddings.user_ids[row] for row in rows}
-    return (user for user in read_users(users) if user.id in wanted)
-
-
-def tested_of(users: str, embeddings: Embeddings, split: SplitConfig) -> list[User]:
-    """The tested users with all of their history, by id. Raises ValueError where there are none."""
-    rows = split_users(embeddings.user_ids, embeddings.items, embeddings.queries, split).tested
-    wanted = {embeddings.user_ids[row] for row in rows}
-    found = sorted((user for user in read_users(users) if user.id in wanted), key=lambda user: user.id)
-    if not found:
-        raise ValueError(f"{users}: nobody can be tested: no user has an item and a query; give files that hold some")
-    return found
 
 
 def cut(user: User, budget: str) -> User:

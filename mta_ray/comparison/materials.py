@@ -18,7 +18,7 @@ import ray
 
 from mta_ray.artifacts import open_artifact
 from mta_ray.cluster import ClusterConfig
-from mta_ray.comparison.datasets import SIMULATED, DataSet, join_teachers, teachers_of, tested_of, write_tested
+from mta_ray.comparison.datasets import SIMULATED, DataSet, join_teachers, write_tested
 from mta_ray.comparison.pooled import KIND as POOLED
 from mta_ray.comparison.pooled import PooledJob, train_pooled
 from mta_ray.comparison.recipes import BankRecipe, Recipe
@@ -30,7 +30,7 @@ from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
 from mta_ray.pipeline.group import cpus_per_worker
 from mta_ray.pipeline.prepare_users import PrepareUsersConfig, prepare_users
-from mta_ray.pipeline.split import SplitConfig
+from mta_ray.pipeline.split import SplitConfig, teachers_of, tested_of
 from mta_ray.pipeline.train_base import TrainBaseConfig, train_base
 from mta_ray.population.people import WorldConfig
 from mta_ray.population.synthesize import SimulateUsersConfig, simulate_users

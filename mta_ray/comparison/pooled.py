@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mta_ray.artifacts import is_current, jsonable, open_artifact, publish
-from mta_ray.comparison.datasets import cut, read_tested, teachers_of
+from mta_ray.comparison.datasets import cut, read_tested
 from mta_ray.lamp.prompts import Example
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter, load_peft, save_peft
@@ -23,7 +23,7 @@ from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.personalize.training import train_pack
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import start_worker
-from mta_ray.pipeline.split import SplitConfig
+from mta_ray.pipeline.split import SplitConfig, teachers_of
 
 log = logging.getLogger(__name__)
 KIND = "pooled-adapter"

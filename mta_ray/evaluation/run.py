@@ -35,9 +35,8 @@ from mta_ray.pipeline.adapt_users import ActorConfig, packs_of, read_states
 from mta_ray.pipeline.embed_users import Embeddings, read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.memory import PeakMemory, watch_memory
-from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.progress import follow, open_board
-from mta_ray.pipeline.split import SplitConfig, check_same_line, split_users
+from mta_ray.pipeline.split import SplitConfig, check_same_line, teachers_of, tested_of
 
 log = logging.getLogger(__name__)
 PROGRESS = "evaluate"
@@ -150,11 +149,9 @@ def evaluate(
 
 def _tested(config: EvaluateConfig, embeddings: Embeddings) -> tuple[list[User], Leaks]:
     """The tested users, and what of their questions is known elsewhere."""
-    split = split_users(embeddings.user_ids, embeddings.items, embeddings.queries, config.split)
-    wanted = {embeddings.user_ids[row] for row in split.tested}
-    tested = [user for user in read_users(config.users) if user.id in wanted]
-    teaching = {embeddings.user_ids[row] for row in split.teachers}
-    leaks = find_leaks(tested, (user for user in read_users(config.users) if user.id in teaching))
+    who = (config.users, embeddings, config.split)
+    tested = tested_of(*who)
+    leaks = find_leaks(tested, teachers_of(*who))
     if not leaks.is_clean:
         log.warning("report: %s", leaks.told())
     return tested, leaks

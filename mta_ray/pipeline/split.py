@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mta_ray.lamp.users import FEW_SHOT_ITEMS
+from mta_ray.lamp.users import FEW_SHOT_ITEMS, User
+from mta_ray.pipeline.embed_users import Embeddings
+from mta_ray.pipeline.prepare_users import read_users
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,23 @@ def split_users(user_ids: Sequence[str], items: Sequence[int], queries: Sequence
     if not teachers:
         raise ValueError(f"none of {len(user_ids)} users has more than {FEW_SHOT_ITEMS} items: nobody to learn from")
     return Split(teachers=sorted(teachers), tested=sorted(tested))
+
+
+def teachers_of(users: str, embeddings: Embeddings, split: SplitConfig) -> Iterator[User]:
+    """The users that teach base and bank."""
+    rows = split_users(embeddings.user_ids, embeddings.items, embeddings.queries, split).teachers
+    wanted = {embeddings.user_ids[row] for row in rows}
+    return (user for user in read_users(users) if user.id in wanted)
+
+
+def tested_of(users: str, embeddings: Embeddings, split: SplitConfig) -> list[User]:
+    """The tested users with all of their history, by id. Raises ValueError where there are none."""
+    rows = split_users(embeddings.user_ids, embeddings.items, embeddings.queries, split).tested
+    wanted = {embeddings.user_ids[row] for row in rows}
+    found = sorted((user for user in read_users(users) if user.id in wanted), key=lambda user: user.id)
+    if not found:
+        raise ValueError(f"{users}: nobody can be tested: no user has an item and a query; give files that hold some")
+    return found
 
 
 def check_same_line(config: SplitConfig, made_with: Mapping[str, Any] | None, what: str) -> None:
