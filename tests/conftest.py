@@ -6,11 +6,13 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from pytest import TestReport
 
 if TYPE_CHECKING:
     from s3_server import S3Server
@@ -60,6 +62,37 @@ def _our_log() -> None:
             logger.setLevel(logging.NOTSET)
     logging.getLogger("mta_ray").setLevel(logging.INFO)
     logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gives_back_its_cpus() -> Iterator[None]:
+    """A file whose actors stay would let the next one wait for its own for ever."""
+    yield
+    deadline_s = time.monotonic() + 20
+    while (taken := _taken()) and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    assert not taken, taken
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, TestReport, TestReport]:
+    """What took minutes to fail has probably waited: say, in the one line of the summary, for whom."""
+    report = yield
+    if report.failed and call.duration > 300 and (taken := _taken()) and hasattr(report.longrepr, "reprcrash"):
+        report.longrepr.reprcrash.message = f"{taken}; {report.longrepr.reprcrash.message}"
+    return report
+
+
+def _taken() -> str:
+    """Of the CPUs of the cluster that this process is connected to; empty if all are free."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return ""
+    free, whole = (of().get("CPU", 0) for of in (ray.available_resources, ray.cluster_resources))
+    actors = [actor["ActorClassName"] for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
+    return f"{whole - free:g} of {whole:g} CPUs are taken; there are {sorted(actors)}" if free < whole else ""
 
 
 @pytest.fixture(scope="session")

@@ -401,6 +401,9 @@ def test_a_board_that_is_gone_does_not_stop_the_work(ray_local: None) -> None:
     board = open_board()
     ray.get(board.add.remote("users", 1))
     ray.kill(board)
+    with pytest.raises(ray.exceptions.RayActorError):  # it takes a moment
+        while True:
+            ray.get(board.add.remote("users", 0))
     with follow(board, "users", 2, "users") as meter:
         meter.advance(2)
     assert meter.done == 2

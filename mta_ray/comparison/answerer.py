@@ -27,7 +27,7 @@ from mta_ray.personalize.coefficients import train_coefficients
 from mta_ray.personalize.lanes import seed_of
 from mta_ray.personalize.merge_then_adapt import BANK, encode, fused_adapter, route_users
 from mta_ray.personalize.searched_weights import search_weights
-from mta_ray.pipeline.adapt_users import ActorConfig
+from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.pipeline.group import start_worker
 
 

@@ -26,7 +26,7 @@ from mta_ray.artifacts import Artifact, canonical_json, is_current, jsonable, op
 from mta_ray.comparison.results import ALL
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import FEW_SHOT_ITEMS, SCHEMA, Query, User, from_table, to_table
-from mta_ray.pipeline.adapt_users import ActorConfig
+from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, item_texts, read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.prepare_users import read_users

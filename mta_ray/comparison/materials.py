@@ -25,7 +25,7 @@ from mta_ray.comparison.recipes import BankRecipe, Recipe
 from mta_ray.files import replace_file
 from mta_ray.lamp.leaks import Leaks, check_leaks
 from mta_ray.personalize.base_model import open_base
-from mta_ray.pipeline.adapt_users import ActorConfig
+from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
 from mta_ray.pipeline.group import cpus_per_worker

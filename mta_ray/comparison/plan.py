@@ -16,7 +16,7 @@ from mta_ray.comparison.pooled import KIND as POOLED
 from mta_ray.comparison.recipes import MethodSettings, Recipe, ablations, recipes
 from mta_ray.comparison.results import ALL, BASELINE, METHODS
 from mta_ray.personalize.base_model import open_base
-from mta_ray.pipeline.adapt_users import ActorConfig
+from mta_ray.pipeline.actors import ActorConfig
 
 BUDGETS = ("0", "1", "2", "5", "10", ALL)
 

@@ -16,11 +16,9 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-from ray.util import ActorPool
 
 from mta_ray.artifacts import jsonable, located
-from mta_ray.cluster import ClusterConfig, connect, room_for
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.comparison.answerer import Answerer
 from mta_ray.comparison.cells import Cell, CellFiles, collect
 from mta_ray.comparison.datasets import SIMULATED, parse_datasets
@@ -36,7 +34,7 @@ from mta_ray.evaluation.sections import PAGE
 from mta_ray.files import replace_file
 from mta_ray.object_store import is_remote
 from mta_ray.personalize.base_model import open_base
-from mta_ray.pipeline.adapt_users import ActorConfig
+from mta_ray.pipeline.actors import ActorConfig, crew
 from mta_ray.pipeline.prepare_users import PrepareUsersConfig, look_at
 
 log = logging.getLogger(__name__)
@@ -167,18 +165,12 @@ def _answer(config: BenchmarkConfig, planned: Sequence[Cell], files: CellFiles) 
     if not missing:
         return
     workers = config.workers
-    actors = room_for(config.cluster, min(workers.actors, len(missing)), cpus=workers.cpus, gpus=workers.gpus)
-    pool = ActorPool(
-        [
-            ray.remote(Answerer)
-            .options(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=2, max_task_retries=2)
-            .remote(workers)
-            for _ in range(actors)
-        ]
-    )
-    with progress("cells", len(missing), "cells") as meter:
+    with (
+        progress("cells", len(missing), "cells") as meter,
+        crew(Answerer, workers, workers=workers, cluster=config.cluster, calls=len(missing)) as actors,
+    ):
         named = {cell.key: cell for cell in missing}
-        for key, answers in pool.map_unordered(lambda actor, cell: actor.keyed.remote(cell), missing):
+        for key, answers in actors.map_unordered(lambda actor, cell: actor.keyed.remote(cell), missing):
             files.write(named[key], answers)
             meter.advance()
 

@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray
-from ray.util import ActorPool
 from rich.console import Console
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
-from mta_ray.cluster import ClusterConfig, connect, room_for
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.evaluation.methods import OPPU, Methods, Pack
 from mta_ray.evaluation.report import table, write_report
 from mta_ray.evaluation.summary import Curve, MapPoint, ReportFacts, summarise
@@ -31,7 +29,8 @@ from mta_ray.lora.bank import Bank, load_bank
 from mta_ray.personalize.base_model import BaseModel, Wording, open_base
 from mta_ray.personalize.merge_then_adapt import encode
 from mta_ray.personalize.train_config import TrainConfig
-from mta_ray.pipeline.adapt_users import ActorConfig, packs_of, read_states
+from mta_ray.pipeline.actors import ActorConfig, crew
+from mta_ray.pipeline.adapt_users import packs_of, read_states
 from mta_ray.pipeline.embed_users import Embeddings, read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.memory import PeakMemory, watch_memory
@@ -168,19 +167,12 @@ def _predict(
     board = open_board()
     rows: list[dict[str, Any]] = []
     costs: dict[str, _Cost] = defaultdict(_Cost)
-    with follow(board, PROGRESS, len(tested), "users"):
-        workers = config.workers
-        actors = room_for(config.cluster, workers.actors, cpus=workers.cpus, gpus=workers.gpus)
-        pool = ActorPool(
-            [
-                ray.remote(_Evaluator)
-                .options(num_cpus=config.workers.cpus, num_gpus=config.workers.gpus)
-                .remote(config)
-                for _ in range(actors)
-            ]
-        )
+    with (
+        follow(board, PROGRESS, len(tested), "users"),
+        crew(_Evaluator, config, workers=config.workers, cluster=config.cluster) as actors,
+    ):
         work = [(pack, np.stack([vector_of[user.id] for user in pack])) for pack in packs]
-        for found, spent in pool.map(lambda actor, job: actor.run.remote(*job), work):
+        for found, spent in actors.map(lambda actor, job: actor.run.remote(*job), work):
             rows += found
             users = len({row["user_id"] for row in found})
             for method, (bytes_per_user, seconds_per_user) in spent.items():

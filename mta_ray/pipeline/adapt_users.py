@@ -14,11 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
-from ray.util import ActorPool
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
-from mta_ray.cluster import ClusterConfig, connect, room_for
+from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter, from_bytes, to_bytes
 from mta_ray.lora.bank import load_bank
@@ -27,6 +25,7 @@ from mta_ray.model.backbone import RoutedModel
 from mta_ray.personalize.base_model import BaseModel, open_base, tokenised
 from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig, encode, route_users, stack_users
 from mta_ray.personalize.train_config import TrainConfig
+from mta_ray.pipeline.actors import ActorConfig, crew
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.prepare_users import read_users
@@ -36,31 +35,6 @@ from mta_ray.pipeline.split import SplitConfig, check_same_line, split_users
 log = logging.getLogger(__name__)
 KIND = "user-states"
 PROGRESS = "stack users"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActorConfig:
-    """Processes that each hold the base model and the bank."""
-
-    actors: int = 2
-    """How many at once."""
-    cpus: int = 1
-    """CPUs of each, all of which torch uses."""
-    gpus: float = 0.0
-    """GPUs of each."""
-    users_per_pack: int = 16
-    """At most so many users' adapters are trained at once."""
-
-    def __post_init__(self) -> None:
-        for name in ("actors", "cpus", "users_per_pack"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.gpus < math.inf:
-            raise ValueError(f"gpus must be at least 0, got {self.gpus}")
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.gpus else "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,20 +140,11 @@ def adapt_users(config: AdaptUsersConfig) -> str:
         with (
             follow(board, PROGRESS, len(rows), "users"),
             pq.ParquetWriter(draft.path / "states.parquet", _SCHEMA) as out,
+            crew(_Stacker, config, workers=config.workers, cluster=config.cluster) as actors,
         ):
-            workers = config.workers
-            actors = room_for(config.cluster, workers.actors, cpus=workers.cpus, gpus=workers.gpus)
-            pool = ActorPool(
-                [
-                    ray.remote(_Stacker)
-                    .options(num_cpus=config.workers.cpus, num_gpus=config.workers.gpus)
-                    .remote(config)
-                    for _ in range(actors)
-                ]
-            )
             packs = packs_of(read_users(config.users), list(route_of), config.workers)
             work = ([(user, route_of[user.id]) for user in pack] for pack in packs)
-            for states in pool.map(lambda actor, pack: actor.stack.remote(pack), work):
+            for states in actors.map(lambda actor, pack: actor.stack.remote(pack), work):
                 out.write_table(pa.Table.from_pylist(states, schema=_SCHEMA))
                 board.add.remote(PROGRESS, len(states))
         draft.facts.update(users=len(rows))

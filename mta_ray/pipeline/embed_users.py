@@ -22,6 +22,7 @@ from mta_ray.files import folder_identity
 from mta_ray.lamp.prompts import render_item
 from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import User, from_table
+from mta_ray.pipeline.actors import lets_go
 from mta_ray.pipeline.prepare_users import users_dataset
 from mta_ray.pipeline.progress import follow, open_board
 from mta_ray.similarity.embedding import EMBEDDED, Encoder
@@ -87,6 +88,7 @@ class Embeddings:
     encoder: str
 
 
+@lets_go
 def embed_users(config: EmbedUsersConfig) -> str:
     """Publish `embeddings-0.parquet`, rows of SCHEMA: one a user, in the order of the users' files."""
     config = located(config, "users", "out")

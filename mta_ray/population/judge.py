@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray
-from ray.util import ActorPool
 
-from mta_ray.cluster import ClusterConfig, room_for
+from mta_ray.cluster import ClusterConfig
 from mta_ray.evaluation.statistics import Interval, paired_bootstrap, paired_gains
 from mta_ray.lamp.metrics import query_score
 from mta_ray.lamp.users import User
@@ -23,7 +21,7 @@ from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.generate import answer
 from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import FusionConfig, encode, route_users
-from mta_ray.pipeline.adapt_users import ActorConfig
+from mta_ray.pipeline.actors import ActorConfig, crew
 from mta_ray.pipeline.embed_users import item_texts
 from mta_ray.pipeline.group import start_worker
 from mta_ray.similarity.embedding import Encoder
@@ -75,17 +73,9 @@ def judge(
 
     `known` names other states of the same users, in the same order, for questions that route by them.
     """
-    workers = config.workers
-    actors = room_for(config.cluster, min(workers.actors, len(questions)), cpus=workers.cpus, gpus=workers.gpus)
-    pool = ActorPool(
-        [
-            ray.remote(_Judge)
-            .options(num_cpus=config.workers.cpus, num_gpus=config.workers.gpus)
-            .remote(config, list(users), dict(known or {}))
-            for _ in range(actors)
-        ]
-    )
-    rows = [row for found in pool.map(lambda actor, q: actor.ask.remote(q), list(questions)) for row in found]
+    what = (config, list(users), dict(known or {}))
+    with crew(_Judge, *what, workers=config.workers, cluster=config.cluster, calls=len(questions)) as actors:
+        rows = [row for found in actors.map(lambda actor, q: actor.ask.remote(q), questions) for row in found]
     return pd.DataFrame(rows)
 
 

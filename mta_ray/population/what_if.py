@@ -24,7 +24,7 @@ from mta_ray.lora.bank import Bank, load_bank
 from mta_ray.lora.slots import Route
 from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import FusionConfig
-from mta_ray.pipeline.adapt_users import ActorConfig
+from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.prepare_users import read_users
 from mta_ray.pipeline.split import SplitConfig, split_users

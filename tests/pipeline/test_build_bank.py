@@ -27,7 +27,8 @@ from mta_ray.personalize.lanes import Job
 from mta_ray.personalize.merge_then_adapt import BANK, stack_users
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.personalize.training import train_pack
-from mta_ray.pipeline.adapt_users import ActorConfig, AdaptUsersConfig, adapt_users, packs_of, read_states
+from mta_ray.pipeline.actors import ActorConfig
+from mta_ray.pipeline.adapt_users import AdaptUsersConfig, adapt_users, packs_of, read_states
 from mta_ray.pipeline.bank.files import AdapterFiles
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings

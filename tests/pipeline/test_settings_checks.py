@@ -9,7 +9,7 @@ from mta_ray.personalize.base_model import PromptConfig
 from mta_ray.personalize.merge_then_adapt import FusionConfig
 from mta_ray.personalize.searched_weights import SearchConfig
 from mta_ray.personalize.train_config import TrainConfig
-from mta_ray.pipeline.adapt_users import ActorConfig
+from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.pipeline.group import GroupConfig
 from mta_ray.pipeline.prepare_users import PrepareUsersConfig
 from mta_ray.pipeline.split import SplitConfig

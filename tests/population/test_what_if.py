@@ -14,7 +14,7 @@ from mta_ray.lora.adapter import Adapter
 from mta_ray.lora.fusion import fuse
 from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import FusionConfig
-from mta_ray.pipeline.adapt_users import ActorConfig
+from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.population.drift import FRESH, REBUILT, STALE, findings
 from mta_ray.population.judge import BARE, JudgeConfig, Question, judge, spread
 from mta_ray.population.people import WorldConfig, simulate_user

@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 from mta_ray.files import replace_file
 from mta_ray.lamp.users import HistoryItem
 from mta_ray.personalize.merge_then_adapt import FusionConfig, encode
+from mta_ray.pipeline.actors import lets_go
 from mta_ray.pipeline.embed_users import item_texts
 from mta_ray.population.crowd.anchors import Anchors, route_many
 from mta_ray.population.crowd.vectors import EmbeddingModel
@@ -80,6 +81,7 @@ class CrowdPlan:
         return Path(self.folder) / f"part-{part:06d}.parquet"
 
 
+@lets_go
 def run_parts(plan: CrowdPlan, parts: Sequence[int], board: ActorHandle) -> None:
     """Do these parts; what is known of them afterwards is in their files."""
     if not parts:

@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 from mta_ray.files import replace_file
 from mta_ray.lamp.users import HistoryItem
 from mta_ray.personalize.merge_then_adapt import encode
+from mta_ray.pipeline.actors import lets_go
 from mta_ray.pipeline.embed_users import item_texts
 from mta_ray.population.crowd.anchors import Anchors
 from mta_ray.population.crowd.parts import vectors_column
@@ -44,6 +45,7 @@ class Sample:
     """The latest items of each."""
 
 
+@lets_go
 def encode_sample(
     file: Path,
     world: WorldConfig,
