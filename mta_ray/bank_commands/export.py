@@ -12,9 +12,10 @@ from mta_ray.lora.adapter import Adapter, from_bytes
 from mta_ray.lora.bank import Bank, load_bank
 from mta_ray.lora.export import VLLM_RANKS, export, vllm_rank
 from mta_ray.lora.fusion import stack
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.object_store import told
 from mta_ray.personalize.base_model import open_base
-from mta_ray.personalize.merge_then_adapt import FusionConfig, fused_adapter
+from mta_ray.personalize.merge_then_adapt import fused_adapter
 from mta_ray.pipeline.adapt_users import KIND, read_states
 from mta_ray.serving.banks import Banks
 from mta_ray.serving.identity import UserId

@@ -30,8 +30,9 @@ from mta_ray.lora.adapter import Adapter, Factors, save_peft
 from mta_ray.lora.fusion import fuse, stack
 from mta_ray.lora.slots import Route, put
 from mta_ray.model.backbone import RoutedModel, merge
-from mta_ray.model.engine import Engine, EngineConfig
+from mta_ray.model.engine import Engine
 from mta_ray.model.requests import Request
+from mta_ray.model.settings import EngineConfig
 
 log = logging.getLogger(__name__)
 

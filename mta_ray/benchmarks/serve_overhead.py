@@ -32,20 +32,20 @@ from mta_ray.lora.slots import Route
 from mta_ray.model.backbone import EMBEDDED, RoutedModel
 from mta_ray.model.engine import Engine
 from mta_ray.model.requests import Request
-from mta_ray.model.sampling import Sampling
+from mta_ray.model.settings import Sampling
 from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import BANK
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks
 from mta_ray.serving.database import open_database
-from mta_ray.serving.exchange import Ask
+from mta_ray.serving.exchange import Ask, Turn
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.personal import open_personaliser
 from mta_ray.serving.replica import STACKS
 from mta_ray.serving.speaker import Speaker
 from mta_ray.serving.user_state import UserStack
 from mta_ray.serving.user_store import UserStore
-from mta_ray.serving.wording import Prompts, Turn
+from mta_ray.serving.wording import Prompts
 
 log = logging.getLogger(__name__)
 ROUNDS, QUICK_ROUNDS, WARM_ROUNDS = 200, 50, 10

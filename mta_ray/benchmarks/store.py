@@ -20,10 +20,12 @@ from mta_ray.benchmarks.decode import random_adapters
 from mta_ray.lamp.users import HistoryItem
 from mta_ray.lora.adapter import to_bytes
 from mta_ray.lora.bank import assemble
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.model.backbone import EMBEDDED, RoutedModel, load_backbone
-from mta_ray.model.engine import Engine, EngineConfig
+from mta_ray.model.engine import Engine
 from mta_ray.model.requests import Request
-from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig
+from mta_ray.model.settings import EngineConfig
+from mta_ray.personalize.merge_then_adapt import BANK
 from mta_ray.serving.banks import Banks, NewBank
 from mta_ray.serving.database import Database, DatabaseConfig, open_database
 from mta_ray.serving.identity import UserId

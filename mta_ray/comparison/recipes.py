@@ -12,8 +12,8 @@ from typing import Literal
 from mta_ray.comparison.results import ABLATED
 from mta_ray.evaluation.methods import OPPU, RELEASED_FUSION, RELEASED_STACK
 from mta_ray.lamp.tasks import Task
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.personalize.coefficients import CoefficientConfig
-from mta_ray.personalize.merge_then_adapt import FusionConfig
 from mta_ray.personalize.searched_weights import SearchConfig
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.adapt_users import AdaptUsersConfig

@@ -18,9 +18,10 @@ from mta_ray.lamp.prompts import nearest_items
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter, to_bytes
 from mta_ray.lora.bank import Bank
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.personalize.base_model import Wording
-from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig, fused_adapter, route_users
+from mta_ray.personalize.merge_then_adapt import BANK, fused_adapter, route_users
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.adapt_users import UserState
 

@@ -7,14 +7,12 @@ cross terms; `svd` truncates the exact sum to the anchors' rank; `as-released` i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mta_ray.lora.adapter import Adapter, Factors
-
-FusionMode = Literal["exact", "linear", "svd", "as-released"]
+from mta_ray.lora.fusion_config import FusionMode
 
 
 def fusion_weights(similarities: Sequence[float], *, mode: FusionMode, temperature: float) -> tuple[float, ...]:

@@ -30,39 +30,13 @@ from mta_ray.model.requests import Answer, EngineClosed, Piece, QueueFull, Reque
 from mta_ray.model.row_cache import Chunk, RowCache, StepPlan, forward
 from mta_ray.model.sampling import Choice, choose_tokens
 from mta_ray.model.schedule import Running, Schedule, Turn
+from mta_ray.model.settings import EngineConfig
 
 log = logging.getLogger(__name__)
 
 LARGEST_FACTOR = 1e4
 """A trained LoRA factor is of the order of 0.01 to 1. Dense products multiply every row with every slot and then by
 zero, so a value that overflows to infinity in another user's row would make a NaN there."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """How much the engine holds at once. All of it is allocated at the start."""
-
-    max_requests: int = 16
-    """Requests decoded together: rows of the cache."""
-    max_tokens: int = 512
-    """Prompt and answer of one request together; at most what the model takes."""
-    max_step_tokens: int = 512
-    """Tokens of one forward pass: one for each decoding request, the rest for prompts."""
-    max_waiting: int = 64
-    """Requests that wait for a row; one more is refused with QueueFull."""
-    coefficients: bool = False
-    """Room for routes with a weight for each (module, slot, rank)."""
-    seed: int = 0
-    """Of requests that bring none."""
-
-    def __post_init__(self) -> None:
-        if self.max_requests < 1 or self.max_tokens < 2 or self.max_waiting < 0:
-            raise ValueError(f"max_requests ≥ 1, max_tokens ≥ 2, max_waiting ≥ 0 are needed; got {self}")
-        if self.max_step_tokens <= self.max_requests:
-            raise ValueError(
-                f"max_step_tokens {self.max_step_tokens} leaves no room for prompts beside {self.max_requests} "
-                "decoding requests; raise it"
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mta_ray.lora.slots import Route
-from mta_ray.model.sampling import Sampling
+from mta_ray.model.settings import Sampling
 
 Finish = Literal["stop", "length", "cancelled", "failed"]
 """Why an answer ended: a stop token, max_new_tokens reached, `cancel`, or an error."""

@@ -9,27 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How one request's tokens are drawn."""
-
-    temperature: float = 0.0
-    """0: the most likely token, always."""
-    top_p: float = 1.0
-    """Draw from the smallest set of most likely tokens that together have this probability."""
-    seed: int | None = None
-    """Same seed, same logits: same tokens, whoever shares the batch. None: another one for each request."""
-    logprobs: int | None = None
-    """How many alternatives come with each token and its log-probability; None: no log-probabilities."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100:
-            raise ValueError(f"temperature must be between 0 and 100, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
-            raise ValueError(f"logprobs must be between 0 and 20, got {self.logprobs}")
+from mta_ray.model.settings import Sampling
 
 
 @dataclass(frozen=True, slots=True)

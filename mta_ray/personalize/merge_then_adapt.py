@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.bank import Bank
-from mta_ray.lora.fusion import FusionMode, fuse, fusion_weights
+from mta_ray.lora.fusion import fuse, fusion_weights
+from mta_ray.lora.fusion_config import FusionConfig, FusionMode
 from mta_ray.lora.slots import Route
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.batches import Tokens
@@ -25,28 +25,6 @@ from mta_ray.similarity.neighbours import nearest
 
 BANK = "bank"
 """The shelf that holds the meta-LoRAs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FusionConfig:
-    """How a user's anchors are weighed."""
-
-    k: int = 4
-    """Anchors a user is made of; fewer where the bank is smaller."""
-    temperature: float = 0.05
-    """Of the softmax over cosines; lower trusts the nearest anchor more."""
-    mode: FusionMode = "exact"
-    """`exact` (ours) needs no merging; the others are materialised as one adapter a user."""
-    shrinkage: float = 0.0
-    """Items n0 of a history that is trusted by half: weights are multiplied by n / (n + n0) for n items. 0: off."""
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
-        if not 0 <= self.shrinkage < math.inf:
-            raise ValueError(f"shrinkage must be at least 0 items and finite, got {self.shrinkage}")
 
 
 def encode(means: Float[ndarray, "users dim"], center: Float[ndarray, " dim"]) -> Float[ndarray, "users dim"]:

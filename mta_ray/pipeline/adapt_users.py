@@ -20,10 +20,11 @@ from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter, from_bytes, to_bytes
 from mta_ray.lora.bank import load_bank
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.lora.slots import Route
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.personalize.base_model import BaseModel, open_base, tokenised
-from mta_ray.personalize.merge_then_adapt import BANK, FusionConfig, encode, route_users, stack_users
+from mta_ray.personalize.merge_then_adapt import BANK, encode, route_users, stack_users
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.actors import ActorConfig, crew
 from mta_ray.pipeline.embed_users import read_embeddings

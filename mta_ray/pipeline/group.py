@@ -17,8 +17,10 @@ from typing import Any, Literal, TypeVar
 import ray
 import ray.train
 import torch
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 ValueT = TypeVar("ValueT")
 
@@ -98,6 +100,28 @@ def start_group(
     # max_calls: the task's process ends with it, and takes Ray Train's controller along, which would stay otherwise.
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1, runtime_env={"env_vars": here})
     return task(_run_group).remote(_Loop(loop.__module__, loop.__name__), [ray.put(settings)], config, cpus, number)
+
+
+def sweep_devices() -> int:
+    """Free what groups of this job had set apart, or were still waiting for, and whose controller has died; how many
+    placement groups of this job's actors are left.
+
+    Ray keeps a placement group until both its creator and its job have ended: one that waits would take the next room
+    there is, for nobody. Ray Train leaves that to a process which asks the dashboard, and a cluster of one machine has
+    none. Ray has no public way to ask who made a placement group.
+    """
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    job, left = ray.get_runtime_context().get_job_id(), 0
+    for told in accessor.get_placement_group_table():
+        row = PlacementGroupTableData.FromString(told)
+        is_of_an_actor = row.creator_actor_id != ray.ActorID.nil().binary()
+        is_ours = row.creator_job_id.hex() == job and is_of_an_actor
+        if not is_ours or row.state == PlacementGroupTableData.REMOVED:
+            continue
+        if row.creator_actor_dead:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
+        left += 1
+    return left
 
 
 @dataclass(frozen=True, slots=True)

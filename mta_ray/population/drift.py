@@ -23,8 +23,8 @@ from mta_ray.console import table_console
 from mta_ray.evaluation.charts import BLUE, GREEN, GREY, ORANGE, STYLE
 from mta_ray.evaluation.sections import Section, write_sections
 from mta_ray.lamp.users import User
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.personalize.base_model import open_base
-from mta_ray.personalize.merge_then_adapt import FusionConfig
 from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings

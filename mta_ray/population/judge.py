@@ -16,11 +16,12 @@ from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter
 from mta_ray.lora.bank import Bank, load_bank
 from mta_ray.lora.fusion import fuse
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.lora.slots import put
 from mta_ray.model.backbone import RoutedModel
 from mta_ray.model.generate import answer
 from mta_ray.personalize.base_model import open_base
-from mta_ray.personalize.merge_then_adapt import FusionConfig, encode, route_users
+from mta_ray.personalize.merge_then_adapt import encode, route_users
 from mta_ray.pipeline.actors import ActorConfig, crew
 from mta_ray.pipeline.embed_users import item_texts
 from mta_ray.pipeline.group import start_worker

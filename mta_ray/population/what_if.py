@@ -21,9 +21,9 @@ from mta_ray.console import table_console
 from mta_ray.evaluation.charts import BLUE, GREEN, ORANGE, STYLE, plain_ticks
 from mta_ray.evaluation.sections import Section, write_sections
 from mta_ray.lora.bank import Bank, load_bank
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.lora.slots import Route
 from mta_ray.personalize.base_model import open_base
-from mta_ray.personalize.merge_then_adapt import FusionConfig
 from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.prepare_users import read_users

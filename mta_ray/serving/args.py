@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mta_ray.model.engine import EngineConfig
-from mta_ray.personalize.merge_then_adapt import FusionConfig
+from mta_ray.lora.fusion_config import FusionConfig
+from mta_ray.model.settings import EngineConfig
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.serving.database import STORE, DatabaseConfig
 from mta_ray.serving.identity import TENANT_CHARS_MAX, check_name

@@ -6,16 +6,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mta_ray.lamp.users import HistoryItem
-from mta_ray.model.sampling import Sampling
+from mta_ray.model.settings import Sampling
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.user_state import UserState
-from mta_ray.serving.wording import Turn
 
 Finish = Literal["stop", "length"]
 RETRY_AFTER_S = 1
 """What a client that found no room is told: a row is free again within about a second."""
 REPLICA_AFTER_S = 15
 """What a client is told where no replica takes calls: a small model is back by then, on a machine with a free CPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One message of a chat."""
+
+    role: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from mta_ray.model.sampling import Sampling
+from mta_ray.model.settings import Sampling
 from mta_ray.serving import openapi
 from mta_ray.serving.answers import (
     END_OF_STREAM,
@@ -56,6 +56,7 @@ from mta_ray.serving.exchange import (
     Started,
     Stored,
     Taken,
+    Turn,
 )
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.keys import Keys
@@ -73,7 +74,6 @@ from mta_ray.serving.stack_queue import StackQueue
 from mta_ray.serving.user_state import UserState
 from mta_ray.serving.user_store import UnknownUser, UserStore
 from mta_ray.serving.voices import ChatVoice, CompletionVoice, Voice
-from mta_ray.serving.wording import Turn
 
 log = logging.getLogger(__name__)
 NO_REPLICA = (BackPressureError, DeploymentUnavailableError)

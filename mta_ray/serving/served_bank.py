@@ -9,8 +9,9 @@ import numpy as np
 from mta_ray.artifacts import open_artifact
 from mta_ray.lora.bank import Bank, load_bank
 from mta_ray.lora.bank_store import version_of
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.lora.slots import Route
-from mta_ray.personalize.merge_then_adapt import FusionConfig, encode, route_users
+from mta_ray.personalize.merge_then_adapt import encode, route_users
 from mta_ray.serving.banks import NewBank, PublishedBank
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.user_state import UserRoute, UserState

@@ -14,15 +14,8 @@ from mta_ray.lamp.users import HistoryItem, Query, User
 from mta_ray.model.backbone import Backbone
 from mta_ray.model.batches import Tokens, prompt_ids, tokenise, whole_prompt_ids
 from mta_ray.personalize.base_model import Wording, tokenised
+from mta_ray.serving.exchange import Turn
 from mta_ray.serving.schema import FREE_TEXT, BadRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """One message of a chat."""
-
-    role: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,11 +17,12 @@ from mta_ray.comparison.results import METHODS
 from mta_ray.comparison.run import BenchmarkConfig, benchmark
 from mta_ray.lora.bank import load_bank
 from mta_ray.lora.fusion import fuse
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.model.backbone import RoutedModel, merge
 from mta_ray.model.generate import answer
 from mta_ray.personalize.base_model import open_base, tokenised
 from mta_ray.personalize.coefficients import CoefficientConfig
-from mta_ray.personalize.merge_then_adapt import FusionConfig, encode, stack_users
+from mta_ray.personalize.merge_then_adapt import encode, stack_users
 from mta_ray.personalize.searched_weights import SearchConfig
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.build_bank import BuildBankConfig

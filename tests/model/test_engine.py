@@ -15,9 +15,9 @@ from mta_ray.lora.adapter import Adapter, Factors, save_peft
 from mta_ray.lora.fusion import fuse, stack
 from mta_ray.lora.slots import Route, put
 from mta_ray.model.backbone import RoutedModel
-from mta_ray.model.engine import Engine, EngineConfig
+from mta_ray.model.engine import Engine
 from mta_ray.model.requests import EngineClosed, Piece, QueueFull, Request, RequestFailed
-from mta_ray.model.sampling import Sampling
+from mta_ray.model.settings import EngineConfig, Sampling
 from mta_ray.serving.slot_table import NoFreeSlot, SlotTable, StackKey
 
 ANCHORS, RANK, STACKS = 5, 4, 6

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mta_ray.model.sampling import Sampling, choose_tokens
+from mta_ray.model.sampling import choose_tokens
+from mta_ray.model.settings import Sampling
 
 
 def slow(logits: list[float], temperature: float, top_p: float, uniform: float) -> int:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mta_ray.lora.bank import Bank
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.lora.slots import Route
-from mta_ray.personalize.merge_then_adapt import FusionConfig, encode, fused_adapter, route_users
+from mta_ray.personalize.merge_then_adapt import encode, fused_adapter, route_users
 
 
 def _bank() -> Bank:

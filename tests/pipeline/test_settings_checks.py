@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mta_ray.cluster import ClusterConfig, room_for
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.personalize.base_model import PromptConfig
-from mta_ray.personalize.merge_then_adapt import FusionConfig
 from mta_ray.personalize.searched_weights import SearchConfig
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.pipeline.actors import ActorConfig

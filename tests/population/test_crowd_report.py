@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mta_ray.lora.bank import Bank
-from mta_ray.personalize.merge_then_adapt import FusionConfig, route_users
+from mta_ray.lora.fusion_config import FusionConfig
+from mta_ray.personalize.merge_then_adapt import route_users
 from mta_ray.population.crowd.anchors import Anchors, route_many
 from mta_ray.population.crowd.parts import BINS
 from mta_ray.population.crowd.quality import expected_quality

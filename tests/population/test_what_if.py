@@ -12,8 +12,8 @@ from mta_ray.benchmarks.marked_users import TASTES, make_bank, make_base, plain_
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter
 from mta_ray.lora.fusion import fuse
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.personalize.base_model import open_base
-from mta_ray.personalize.merge_then_adapt import FusionConfig
 from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.population.drift import FRESH, REBUILT, STALE, findings
 from mta_ray.population.judge import BARE, JudgeConfig, Question, judge, spread

@@ -14,7 +14,7 @@ import openai
 
 from mta_ray.benchmarks.marked_users import make_bank, make_base, tiny_llama
 from mta_ray.lora.bank import Bank
-from mta_ray.model.engine import EngineConfig
+from mta_ray.model.settings import EngineConfig
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.database import DatabaseConfig, open_database

@@ -12,7 +12,7 @@ import torch
 from mta_ray.lamp.users import HistoryItem
 from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.lora.bank import Bank, assemble
-from mta_ray.personalize.merge_then_adapt import FusionConfig
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.serving.banks import Banks, NewBank
 from mta_ray.serving.database import Database, DatabaseConfig, open_database
 from mta_ray.serving.identity import UserId

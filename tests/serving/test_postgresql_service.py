@@ -9,7 +9,7 @@ import httpx
 from ray import serve
 
 from mta_ray.benchmarks.marked_users import make_bank, make_base, mark_users, tiny_llama
-from mta_ray.model.engine import EngineConfig
+from mta_ray.model.settings import EngineConfig
 from mta_ray.personalize.base_model import open_base
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.database import open_database

@@ -6,8 +6,9 @@ import pytest
 
 from mta_ray.lamp.tasks import task_named
 from mta_ray.personalize.base_model import PromptConfig, Wording
+from mta_ray.serving.exchange import Turn
 from mta_ray.serving.schema import BadRequest
-from mta_ray.serving.wording import Prompts, Turn
+from mta_ray.serving.wording import Prompts
 
 TEMPLATE = (
     "{% for message in messages %}"

@@ -17,12 +17,14 @@ from mta_ray.pipeline.bank.foreman import Roster, hire_foreman
 from mta_ray.pipeline.bank.group_loop import train_group
 from mta_ray.pipeline.bank.plan import Plan
 from mta_ray.pipeline.bank.watch import live
-from mta_ray.pipeline.group import cpus_per_worker, start_group
+from mta_ray.pipeline.group import cpus_per_worker, start_group, sweep_devices
 
 log = logging.getLogger(__name__)
 POLL_S = 1.0
 STOP_S = 30.0
 """How long the driver waits, when it is told to stop, for the groups to keep their checkpoints."""
+SWEEP_S = 10.0
+"""How long one waits for a controller to die whose group was ended."""
 DEATHS_OF_MEMORY = 2
 """Deaths of a group in a row, while it did not get on, from which on each one halves its lanes."""
 RUN_CHARS = 12
@@ -55,6 +57,7 @@ def _watch_groups(plan: Plan, foreman: ActorHandle) -> Roster:
             _dismiss(foreman)
             for group in crew:
                 group.give_back()
+            sweep_devices()
         raise
     roster = ray.get(foreman.roster.remote())
     assert roster.is_done, roster
@@ -62,14 +65,16 @@ def _watch_groups(plan: Plan, foreman: ActorHandle) -> Roster:
 
 
 def _follow(at_work: dict[ray.ObjectRef, _Group], foreman: ActorHandle) -> None:
-    over_since_s = math.inf
+    over_since_s, is_cut_short = math.inf, False
     while at_work:
         ended, waiting = ray.wait(list(at_work), num_returns=1, timeout=POLL_S)
+        sweep_devices()
         for task in ended:
             group = at_work.pop(task)
             try:
                 ray.get(task)
             except Exception as error:
+                is_cut_short = True
                 group.failed(error)
             group.give_back()
             roster: Roster = ray.get(foreman.roster.remote())
@@ -81,8 +86,12 @@ def _follow(at_work: dict[ray.ObjectRef, _Group], foreman: ActorHandle) -> None:
             is_late = time.monotonic() - over_since_s > STOP_S
             for task in waiting:  # who has come is on its way out; who has not has no devices
                 if at_work[task].number not in has_come or is_late:
-                    ray.cancel(task, force=is_late)
+                    is_cut_short = True
+                    ray.cancel(task, force=True)
                     at_work.pop(task).give_back()
+    deadline_s = time.monotonic() + SWEEP_S
+    while is_cut_short and sweep_devices() and time.monotonic() < deadline_s:
+        time.sleep(0.2)
 
 
 def _dismiss(foreman: ActorHandle) -> None:
@@ -114,10 +123,7 @@ class _Group:
         return start_group(train_group, settings, self.plan.group, self.cpus, self.number)
 
     def give_back(self) -> None:
-        """Free what was set apart for the group, also where its end was none of Ray Train's own.
-
-        Ray Train leaves that to a process which asks the dashboard, and a cluster of one machine has none.
-        """
+        """Free at once what was set apart for the group, also where its end was none of Ray Train's own."""
         devices = ray.get(self.foreman.devices_of.remote()).get(self.number)
         if devices is not None:
             remove_placement_group(devices)  # nothing where it is gone

@@ -19,8 +19,9 @@ from mta_ray.benchmarks.marked_users import tiny_llama
 from mta_ray.lora.adapter import from_bytes, to_bytes
 from mta_ray.lora.slots import Route, put
 from mta_ray.model.backbone import EMBEDDED, RoutedModel, load_backbone
-from mta_ray.model.engine import Engine, EngineConfig
+from mta_ray.model.engine import Engine
 from mta_ray.model.requests import Request, Ticket
+from mta_ray.model.settings import EngineConfig
 from mta_ray.personalize.base_model import open_base
 from mta_ray.population.capacity.service_times import StepFit, StepSample, fit_step
 

@@ -20,7 +20,7 @@ from ray import serve
 from mta_ray.benchmarks.marked_users import TASTES, make_bank, make_base, random_adapter, stack_of, tiny_llama
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.model.backbone import EMBEDDED
-from mta_ray.model.engine import EngineConfig
+from mta_ray.model.settings import EngineConfig
 from mta_ray.personalize.base_model import open_base
 from mta_ray.population.capacity.arrivals import Arrival, TrafficConfig, poisson_arrivals
 from mta_ray.population.capacity.live_times import OTHERS_MAX, CalibrationConfig, Meter, ask, calibrate

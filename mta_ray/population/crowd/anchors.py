@@ -13,7 +13,8 @@ from numpy import ndarray
 from mta_ray.artifacts import open_artifact
 from mta_ray.lora.bank import load_bank
 from mta_ray.lora.bank_store import version_of
-from mta_ray.personalize.merge_then_adapt import FusionConfig, encode
+from mta_ray.lora.fusion_config import FusionConfig
+from mta_ray.personalize.merge_then_adapt import encode
 from mta_ray.serving.banks import Banks, NewBank
 from mta_ray.serving.database import Database
 from mta_ray.serving.identity import UserId

@@ -20,7 +20,8 @@ from ray.actor import ActorHandle
 
 from mta_ray.files import replace_file
 from mta_ray.lamp.users import HistoryItem
-from mta_ray.personalize.merge_then_adapt import FusionConfig, encode
+from mta_ray.lora.fusion_config import FusionConfig
+from mta_ray.personalize.merge_then_adapt import encode
 from mta_ray.pipeline.actors import lets_go
 from mta_ray.pipeline.embed_users import item_texts
 from mta_ray.population.crowd.anchors import Anchors, route_many

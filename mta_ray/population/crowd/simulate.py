@@ -28,8 +28,8 @@ from mta_ray.artifacts import canonical_json, is_current, jsonable, located, ope
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.console import announce
 from mta_ray.evaluation.sections import write_sections
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.object_store import is_remote
-from mta_ray.personalize.merge_then_adapt import FusionConfig
 from mta_ray.pipeline.memory import watch_memory
 from mta_ray.pipeline.progress import follow, open_board
 from mta_ray.population.crowd import report as crowd_report

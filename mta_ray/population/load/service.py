@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 from mta_ray.benchmarks.marked_users import make_bank, make_base, tiny_llama
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.model.backbone import EMBEDDED
-from mta_ray.model.engine import EngineConfig
+from mta_ray.model.settings import EngineConfig
 from mta_ray.serving.args import AutoscaleConfig, ServingArgs
 from mta_ray.serving.local import APP_NAME, free_port, serving_environment, start
 

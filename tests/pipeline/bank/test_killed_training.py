@@ -223,10 +223,37 @@ def free_cpus() -> float:
     return free
 
 
-def test_a_group_whose_controller_is_killed_starts_again_in_the_same_place(
-    taught: Path, undisturbed: Bank, tmp_path: Path
+@pytest.fixture(scope="module")
+def poisoned(taught: Path, undisturbed: Bank, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
+    """A base model with poison beyond a position that a single anchor's examples reach; that anchor's number."""
+    home = tmp_path_factory.mktemp("poisoned")
+    base = open_base(taught / "base")
+    backbone = base.load()
+    users = {user.id: user for user in read_users(taught / "users")}
+    lengths = [
+        max(len(row.ids) for row in tokenised(backbone, base.wording.history(users[anchor])))
+        for anchor in undisturbed.anchor_ids
+    ]
+    bad = lengths.index(max(lengths))
+    reached = max(length for number, length in enumerate(lengths) if number != bad)
+    assert reached < lengths[bad]
+    model = AutoModelForCausalLM.from_pretrained(embedded_path(), is_decoder=True)
+    model.load_state_dict(backbone.model.state_dict())
+    with torch.no_grad():
+        model.bert.embeddings.position_embeddings.weight[reached:] = float("nan")
+    model.save_pretrained(home / "model")
+    AutoTokenizer.from_pretrained(embedded_path()).save_pretrained(home / "model")
+    reads = {"users": str(taught / "users"), "embeddings": str(taught / "embeddings")}
+    config = TrainBaseConfig(**reads, base_model=str(home / "model"), mode="none", out=str(home / "base"))
+    return train_base(config), bad
+
+
+def test_neither_a_killed_controller_nor_an_adapter_that_is_not_finite_changes_the_others(
+    taught: Path, undisturbed: Bank, poisoned: tuple[str, int], tmp_path: Path
 ) -> None:
-    """Two CPUs are all there are: it could not start if the dead one's were still set apart."""
+    """Two CPUs are all there are, and each of two groups wants both: nobody could go on if the dead one's were still
+    set apart, and who has none in the end must hold none."""
+    base, bad = poisoned
     kept, killed = tmp_path / "bank.adapters", []
 
     def kill() -> None:
@@ -239,47 +266,19 @@ def test_a_group_whose_controller_is_killed_starts_again_in_the_same_place(
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    config = replace(settings(taught, str(tmp_path / "bank")), group=GroupConfig(cpus_per_worker=2))
-    bank = load_bank(build_bank(config))
+    config = replace(settings(taught, str(tmp_path / "bank")), base=base, groups=2)
+    bank = load_bank(build_bank(replace(config, group=GroupConfig(cpus_per_worker=2))))
     killer.join(timeout=5)
     assert killed
-    assert_equal(bank, undisturbed)
     assert free_cpus() == 2
 
-
-def test_one_adapter_that_is_not_finite_is_stopped_and_named_and_the_others_are_as_ever(
-    taught: Path, undisturbed: Bank, tmp_path: Path
-) -> None:
-    # A base model with poison beyond a position that a single anchor's examples reach.
-    base = open_base(taught / "base")
-    backbone = base.load()
-    users = {user.id: user for user in read_users(taught / "users")}
-    lengths = [
-        max(len(row.ids) for row in tokenised(backbone, base.wording.history(users[anchor])))
-        for anchor in undisturbed.anchor_ids
-    ]
-    bad = lengths.index(max(lengths))
     others = [number for number in range(ANCHORS) if number != bad]
-    reached = max(lengths[number] for number in others)
-    assert reached < lengths[bad]
-    model = AutoModelForCausalLM.from_pretrained(embedded_path(), is_decoder=True)
-    model.load_state_dict(backbone.model.state_dict())
-    with torch.no_grad():
-        model.bert.embeddings.position_embeddings.weight[reached:] = float("nan")
-    model.save_pretrained(tmp_path / "poisoned")
-    AutoTokenizer.from_pretrained(embedded_path()).save_pretrained(tmp_path / "poisoned")
-    reads = {"users": str(taught / "users"), "embeddings": str(taught / "embeddings")}
-    poisoned = train_base(
-        TrainBaseConfig(**reads, base_model=str(tmp_path / "poisoned"), mode="none", out=str(tmp_path / "base"))
-    )
-
-    # Two CPUs are all there are: the second group never has any, and holds none in the end.
-    config = replace(settings(taught, str(tmp_path / "bank")), groups=2, group=GroupConfig(cpus_per_worker=2))
-    bank = load_bank(build_bank(replace(config, base=poisoned)))
-    assert free_cpus() == 2
     assert bank.anchor_ids == tuple(undisturbed.anchor_ids[number] for number in others)
     assert list(bank.facts["failed"]) == [str(bad)] and "not finite" in bank.facts["failed"][str(bad)]
     for module in bank.up:
         for place, anchor in enumerate(others):
-            one, other = bank.up[module][place], undisturbed.up[module][anchor]
-            assert (one - other).norm() <= 0.05 * other.norm()
+            for one, other in (
+                (bank.up[module][place], undisturbed.up[module][anchor]),
+                (bank.down[module][place], undisturbed.down[module][anchor]),
+            ):
+                assert other.any() and (one - other).norm() <= 0.05 * other.norm()
