@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,3 +157,12 @@ def test_an_import_that_goes_down_is_allowed(tmp_path: Path, file: str, source: 
     path.parent.mkdir(parents=True)
     path.write_text(source)
     assert violations(tmp_path / "mta_ray") == []
+
+
+def test_who_only_passes_on_loads_no_model_library() -> None:
+    """The HTTP front, the foreman and the board: each is a process of its own on every cluster, in a third of the
+    memory that torch and transformers would take."""
+    rooms = "mta_ray.serving.ingress, mta_ray.pipeline.bank.foreman, mta_ray.pipeline.progress"
+    code = f"import sys, {rooms}; print(sorted({{'torch', 'transformers', 'faiss'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
