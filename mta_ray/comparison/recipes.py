@@ -103,9 +103,8 @@ class MethodSettings:
     """Of all methods that weigh the nearest anchors."""
     stack: TrainConfig = field(default_factory=lambda: AdaptUsersConfig().stack)
     """Of a user's own LoRA on top, and of `stack_only`."""
-    oppu: TrainConfig = field(default_factory=lambda: replace(OPPU, learning_rate=1e-2))
-    """One LoRA a user on the bare base model. Of the rates 2e-3, 5e-3, 1e-2 and 2e-2 the best (0.704, 0.725, 0.733 and
-    0.656 of few-shot users' tags right)."""
+    oppu: TrainConfig = OPPU
+    """One LoRA a user on the bare base model."""
     pooled: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-3, examples_per_step=16))
     """Of `all_users_lora`; its steps are those in which it meets as many examples as the bank has met. Of the rates
     1e-3, 2e-3, 5e-3 and 1e-2 the best (0.592, 0.585, 0.573 and 0.565)."""

@@ -5,12 +5,14 @@ Ray Train's own processes import this file too: what only a worker needs (models
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any, Literal, TypeVar
 
@@ -22,6 +24,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+log = logging.getLogger(__name__)
 ValueT = TypeVar("ValueT")
 
 
@@ -108,12 +111,10 @@ def sweep_devices() -> int:
 
     Ray keeps a placement group until both its creator and its job have ended: one that waits would take the next room
     there is, for nobody. Ray Train leaves that to a process which asks the dashboard, and a cluster of one machine has
-    none. Ray has no public way to ask who made a placement group.
+    none.
     """
-    accessor = ray._private.state.state._connect_and_get_accessor()
     job, left = ray.get_runtime_context().get_job_id(), 0
-    for told in accessor.get_placement_group_table():
-        row = PlacementGroupTableData.FromString(told)
+    for row in _placement_groups():
         is_of_an_actor = row.creator_actor_id != ray.ActorID.nil().binary()
         is_ours = row.creator_job_id.hex() == job and is_of_an_actor
         if not is_ours or row.state == PlacementGroupTableData.REMOVED:
@@ -122,6 +123,19 @@ def sweep_devices() -> int:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
         left += 1
     return left
+
+
+def _placement_groups() -> list[PlacementGroupTableData]:
+    """Of the cluster, with who made them, which Ray has no public way to tell."""
+    try:
+        told = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
+    except AttributeError:
+        _say_once("this version of Ray hides what killed controllers leave behind: it is freed when the command ends")
+        return []
+    return [PlacementGroupTableData.FromString(row) for row in told]
+
+
+_say_once = cache(log.warning)
 
 
 @dataclass(frozen=True, slots=True)
