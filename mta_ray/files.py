@@ -1,12 +1,15 @@
-"""Files of this machine: a single one written whole or not at all (folders are artifacts), a folder's identity."""
+"""Files of this machine: one written whole or not at all (folders are artifacts), a folder's identity, a lock."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 SMALL_BYTES, SAMPLES, SAMPLE_BYTES = 4 * 2**20, 256, 4096
 """A file up to the first size counts whole; of a larger one its size, and so many pieces, evenly spaced."""
@@ -42,3 +45,26 @@ def replace_file(path: str | Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+LOCK = "in-use"
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Be the only process that works in the folder, which is made; the lock ends with the process, however that ends.
+
+    Raises ValueError where another one is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another run is at work in {folder}; wait for its end, or give another place to write to"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -31,7 +31,7 @@ from mta_ray.comparison.tables import terminal_table
 from mta_ray.console import announce, progress, table_console
 from mta_ray.evaluation.run import VERSIONS
 from mta_ray.evaluation.sections import PAGE
-from mta_ray.files import replace_file
+from mta_ray.files import alone_in, replace_file
 from mta_ray.object_store import is_remote
 from mta_ray.personalize.base_model import open_base
 from mta_ray.pipeline.actors import ActorConfig, crew
@@ -39,6 +39,7 @@ from mta_ray.pipeline.prepare_users import PrepareUsersConfig, look_at
 
 log = logging.getLogger(__name__)
 RESULTS_FILE, COSTS_FILE, FACTS_FILE = "results.parquet", "costs.parquet", "facts.json"
+CELLS = "cells"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +93,8 @@ def benchmark(config: BenchmarkConfig) -> str:
     if config.report_only:
         _report(home)
         return str(home / PAGE)
-    home.mkdir(parents=True, exist_ok=True)
-    _make(config, home)
+    with alone_in(home / CELLS):
+        _make(config, home)
     _report(home)
     return config.out
 
@@ -117,7 +118,7 @@ def _report(home: Path) -> None:
 
 def _make(config: BenchmarkConfig, home: Path) -> None:
     sets = parse_datasets(config.simulated, config.files, config.teachers)
-    files = CellFiles(home / "cells")
+    files = CellFiles(home / CELLS)
     with connect(config.cluster):
         materials = [
             Materials(

@@ -13,6 +13,7 @@ import pytest
 
 from mta_ray.artifacts import open_artifact
 from mta_ray.benchmarks.killed_population import parts_table, stored_rows
+from mta_ray.files import alone_in
 from mta_ray.pipeline.embed_users import item_texts
 from mta_ray.population.crowd import simulate as crowd
 from mta_ray.population.crowd.simulate import SimulatePopulationConfig, simulate_population
@@ -152,6 +153,13 @@ def test_encoded_users_have_the_encoders_vectors(tmp_path: Path) -> None:
     assert [(item.content, item.target) for item in history] == [(i.content, i.target) for i in some[-1].history[-3:]]
     report = json.loads((tmp_path / "population" / "report.json").read_text())
     assert report["encoder"]["share_of_bare"] > 0
+
+
+def test_two_runs_do_not_work_in_one_place(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    with alone_in(Path(f"{config.out}.parts")), pytest.raises(ValueError, match="another run is at work in"):
+        simulate_population(config)
+    assert not Path(config.store).exists()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from mta_ray.artifacts import canonical_json, is_current, jsonable, located, ope
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.console import announce
 from mta_ray.evaluation.sections import write_sections
+from mta_ray.files import LOCK, alone_in
 from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.object_store import is_remote
 from mta_ray.pipeline.memory import watch_memory
@@ -151,10 +152,13 @@ def simulate_population(config: SimulatePopulationConfig) -> str:
         return config.out
 
     work = Path(f"{config.out}.parts")
-    if config.force:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
+    with (
+        alone_in(work),
+        connect(config.cluster),
+        publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft,
+    ):
+        if config.force:
+            _empty(work)
         board = open_board()
 
         # 1. whom to draw from, and whom to route to
@@ -345,6 +349,15 @@ def _plan(
         folder=str(folder),
         hash=_digest(decides),
     )
+
+
+def _empty(folder: Path) -> None:
+    """But for the lock that we hold."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink(missing_ok=True)
 
 
 def _clear(folder: Path) -> None:
