@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 SMALL_BYTES, SAMPLES, SAMPLE_BYTES = 4 * 2**20, 256, 4096
 """A file up to the first size counts whole; of a larger one its size, and so many pieces, evenly spaced."""
@@ -47,24 +48,23 @@ def replace_file(path: str | Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-LOCK = "in-use"
-
-
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Be the only process that works in the folder, which is made; the lock ends with the process, however that ends.
+def alone_in(folder: str | Path, work: str) -> Iterator[None]:
+    """Be the only process that does this work in the folder, which is made; whatever lies in it. The lock ends with the
+    process, however that ends. Where the file system has no locks, there is none.
 
-    Raises ValueError where another one is at work there.
+    Raises ValueError where another process is at work there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    os.makedirs(folder, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"another run is at work in {folder}; wait for its end, or give another place to write to"
-        ) from None
-    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ValueError(
+                    f"{work} is at work in {folder}; wait for it, stop it, or give another --out"
+                ) from None
         yield
     finally:
-        lock.release()
+        os.close(held)

@@ -8,6 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,8 +83,9 @@ def pytest_runtest_makereport(
 ) -> Generator[None, TestReport, TestReport]:
     """What took minutes to fail has probably waited: say, in the one line of the summary, for whom."""
     report = yield
-    if report.failed and call.duration > 300 and (taken := _taken()) and hasattr(report.longrepr, "reprcrash"):
-        report.longrepr.reprcrash.message = f"{taken}; {report.longrepr.reprcrash.message}"
+    if report.failed and call.duration > 300 and (crash := getattr(report.longrepr, "reprcrash", None)):
+        with suppress(Exception):  # the cluster may be what is broken
+            crash.message = f"{_taken() or 'all CPUs are free'}; {crash.message}"
     return report
 
 

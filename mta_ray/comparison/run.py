@@ -93,7 +93,7 @@ def benchmark(config: BenchmarkConfig) -> str:
     if config.report_only:
         _report(home)
         return str(home / PAGE)
-    with alone_in(home / CELLS):
+    with alone_in(home / CELLS, "another benchmark"):
         _make(config, home)
     _report(home)
     return config.out

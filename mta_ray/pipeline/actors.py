@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ from typing import Any, ParamSpec, TypeVar
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from mta_ray.cluster import ClusterConfig, room_for
 
 log = logging.getLogger(__name__)
 GivenP = ParamSpec("GivenP")
 ResultT = TypeVar("ResultT")
-RESTARTS = 2
-"""Of an actor that died, and of the call that it died in: a node may go at any time; calls depend on nothing before."""
+RETRIES = 2
+"""Of a call whose actor died under it: a node may go at any time. Calls depend on nothing before them."""
 PATIENCE_S = 60.0
 """After so long without a single actor one is told so."""
 
@@ -53,14 +55,24 @@ class ActorConfig:
 
 
 class Crew:
-    """Actors and their calls. Only actors that are up are called: one that finds no room keeps no call waiting."""
+    """Actors and their calls. Only who is up is called: one that finds no room keeps no call waiting. What one was at
+    that died is given to another, and a new one is started in its place."""
 
-    def __init__(self, actors: list[ActorHandle]) -> None:
-        self._coming = {actor.__ray_ready__.remote(): actor for actor in actors}
+    def __init__(self, start: Callable[[], ActorHandle], count: int) -> None:
+        self._start = start
+        self._coming: dict[ray.ObjectRef, ActorHandle] = {}
         self._idle: list[ActorHandle] = []
+        self._deaths_at_start = 0
+        self.actors: list[ActorHandle] = []
+        """All that were ever started."""
+        for _ in range(count):
+            self._start_one()
 
     def map(self, call: Callable[[ActorHandle, Any], ray.ObjectRef], values: Iterable[Any]) -> Iterator[Any]:
-        """What `call(actor, value)` comes to for each value, in their order. Raises what the first call raises."""
+        """What `call(actor, value)` comes to for each value, in their order.
+
+        Raises what a call or a constructor raises, and RayActorError where actors died of one value too often.
+        """
         early: dict[int, Any] = {}
         wanted = 0
         for number, result in self._results(call, values):
@@ -74,32 +86,64 @@ class Crew:
         return (result for _, result in self._results(call, values))
 
     def _results(self, call: Callable, values: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        numbered = enumerate(values)
-        at_work: dict[ray.ObjectRef, tuple[int, ActorHandle]] = {}
-        while True:
-            while self._idle and (given := next(numbered, None)):
+        rest = enumerate(values)
+        again: list[tuple[int, Any]] = []
+        """Values whose actor died."""
+        deaths: Counter[int] = Counter()
+        at_work: dict[ray.ObjectRef, tuple[int, Any, ActorHandle]] = {}
+        given = next(rest, None)
+        while given or at_work:
+            while self._idle and given:
                 number, value = given
                 actor = self._idle.pop()
-                at_work[call(actor, value)] = (number, actor)
-            if not at_work and self._idle:
-                return  # nothing is left to give
+                at_work[call(actor, value)] = (number, value, actor)
+                given = again.pop() if again else next(rest, None)
             ready, _ = ray.wait([*self._coming, *at_work], timeout=PATIENCE_S)
             for task in ready:
                 if task in self._coming:
-                    ray.get(task)  # what its constructor raised
-                    self._idle.append(self._coming.pop(task))
+                    self._welcome(task)
+                    continue
+                number, value, actor = at_work.pop(task)
+                try:
+                    result = ray.get(task)
+                except RayActorError:
+                    deaths[number] += 1
+                    if deaths[number] > RETRIES:
+                        raise
+                    log.warning("a process died at its work, which another one does again")
+                    self._start_one()
+                    again.append((number, value))
+                    given = given or again.pop()
                 else:
-                    number, actor = at_work.pop(task)
                     self._idle.append(actor)
-                    yield number, ray.get(task)
+                    yield number, result
             if not ready and not at_work:
                 _say_what_is_free()
+
+    def _start_one(self) -> None:
+        actor = self._start()
+        self.actors.append(actor)
+        self._coming[actor.__ray_ready__.remote()] = actor
+
+    def _welcome(self, task: ray.ObjectRef) -> None:
+        actor = self._coming.pop(task)
+        try:
+            ray.get(task)
+        except RayActorError as error:
+            if error.actor_init_failed:  # by what its constructor raised
+                raise
+            self._deaths_at_start += 1
+            if self._deaths_at_start > RETRIES:
+                raise
+            self._start_one()
+        else:
+            self._idle.append(actor)
 
 
 def _say_what_is_free() -> None:
     whole, free = ray.cluster_resources(), ray.available_resources()
     log.warning(
-        "no process has found room yet: of %g CPUs and %g GPUs, %g and %g are free; waiting",
+        "no process is up yet, for want of room or still loading: of %g CPUs and %g GPUs %g and %g are free; waiting",
         whole.get("CPU", 0), whole.get("GPU", 0), free.get("CPU", 0), free.get("GPU", 0),
     )  # fmt: skip
 
@@ -113,16 +157,14 @@ def crew(
     They end with the block, however it ends: one that an error's traceback kept alive would keep its CPUs, and whoever
     comes next would wait for them. Raises ValueError where not one has room.
     """
-    wanted = workers.actors if calls is None else min(workers.actors, calls)
+    wanted = workers.actors if calls is None else min(workers.actors, max(1, calls))
     count = room_for(cluster, wanted, cpus=workers.cpus, gpus=workers.gpus)
-    remote = ray.remote(kind).options(
-        num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS
-    )
-    actors = [remote.remote(*arguments) for _ in range(count)]
+    remote = ray.remote(kind).options(num_cpus=workers.cpus, num_gpus=workers.gpus)
+    made = Crew(lambda: remote.remote(*arguments), count)
     try:
-        yield Crew(actors)
+        yield made
     finally:
-        for actor in actors:
+        for actor in made.actors:
             ray.kill(actor)
 
 

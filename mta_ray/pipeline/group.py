@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -14,17 +15,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import psutil
 import ray
 import ray.train
 import torch
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 log = logging.getLogger(__name__)
+STORAGE = "mta-train-"
+"""Begins the name of a group's temporary folder; its process's id comes next."""
 ValueT = TypeVar("ValueT")
 
 
@@ -111,28 +115,34 @@ def sweep_devices() -> int:
 
     Ray keeps a placement group until both its creator and its job have ended: one that waits would take the next room
     there is, for nobody. Ray Train leaves that to a process which asks the dashboard, and a cluster of one machine has
-    none.
+    none. Nor has Ray a public way to ask who made a placement group: where a later version has not this one either,
+    nothing is swept, and one is told.
     """
-    job, left = ray.get_runtime_context().get_job_id(), 0
-    for row in _placement_groups():
-        is_of_an_actor = row.creator_actor_id != ray.ActorID.nil().binary()
-        is_ours = row.creator_job_id.hex() == job and is_of_an_actor
-        if not is_ours or row.state == PlacementGroupTableData.REMOVED:
-            continue
-        if row.creator_actor_dead:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
-        left += 1
-    return left
-
-
-def _placement_groups() -> list[PlacementGroupTableData]:
-    """Of the cluster, with who made them, which Ray has no public way to tell."""
     try:
-        told = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
-    except AttributeError:
-        _say_once("this version of Ray hides what killed controllers leave behind: it is freed when the command ends")
-        return []
-    return [PlacementGroupTableData.FromString(row) for row in told]
+        ours = _placement_groups_of_actors()
+    except (AttributeError, ImportError) as error:
+        _say_once(f"Ray hides what killed controllers leave behind ({error}): it is freed when the command ends")
+        return 0
+    for name, is_left_behind in ours.items():
+        if is_left_behind:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(name)))
+    return len(ours)
+
+
+def _placement_groups_of_actors() -> dict[bytes, bool]:
+    """Those of this job that an actor has made and nobody has removed; whether that actor is dead."""
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
+    job, nobody = ray.get_runtime_context().get_job_id(), ray.ActorID.nil().binary()
+    told = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
+    rows = [PlacementGroupTableData.FromString(row) for row in told]
+    return {
+        row.placement_group_id: row.creator_actor_dead
+        for row in rows
+        if row.creator_job_id.hex() == job
+        and row.creator_actor_id != nobody
+        and row.state != PlacementGroupTableData.REMOVED
+    }
 
 
 _say_once = cache(log.warning)
@@ -154,7 +164,8 @@ def _run_group(loop: _Loop, settings: list[ray.ObjectRef], config: GroupConfig, 
     resources: dict[str, float] = {"CPU": cpus}
     if config.gpus_per_worker:
         resources["GPU"] = config.gpus_per_worker
-    with tempfile.TemporaryDirectory(prefix="mta-train-") as storage:
+    _remove_storage_of_the_dead()
+    with tempfile.TemporaryDirectory(prefix=f"{STORAGE}{os.getpid()}-") as storage:
         trainer = TorchTrainer(
             loop,
             train_loop_config={"settings": settings[0], "cpus": cpus},
@@ -176,6 +187,14 @@ def _run_group(loop: _Loop, settings: list[ray.ObjectRef], config: GroupConfig, 
             torch_config=_Listening(backend="nccl" if config.gpus_per_worker else "gloo"),
         )
         trainer.fit()
+
+
+def _remove_storage_of_the_dead() -> None:
+    """What Ray Train had to write for groups whose process was killed: a few small files each."""
+    for path in Path(tempfile.gettempdir()).glob(f"{STORAGE}*-*"):
+        pid = path.name.removeprefix(STORAGE).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 _asked_to_stop = threading.Event()

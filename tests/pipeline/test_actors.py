@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from mta_ray.cluster import ClusterConfig
 from mta_ray.pipeline.actors import ActorConfig, Crew, crew, lets_go
@@ -20,8 +23,11 @@ def _squares() -> type:
         def __init__(self, offset: int) -> None:
             self.offset = offset
 
-        def of(self, number: int, wait_s: float | int = 0) -> int:
+        def of(self, number: int, wait_s: float | int = 0, kills: Path | None = None) -> int:
             time.sleep(wait_s)
+            if kills is not None and (kills.suffix == ".always" or not kills.exists()):
+                kills.touch()
+                os._exit(1)
             if number < 0:
                 raise ValueError(f"{number} is negative")
             return number**2 + self.offset
@@ -64,6 +70,17 @@ def test_an_error_comes_as_it_was_raised_and_keeps_no_cpu(ray_local) -> None:
         list(actors.map(_call, [(1,), (-1,), (3,)]))
     assert _free_cpus_soon() == 2
     assert error.value.__traceback__ is not None  # which is kept until here
+
+
+def test_what_a_dead_one_was_at_another_does_again(ray_local, tmp_path) -> None:
+    work = [(1, 0), (2, 0, tmp_path / "once"), (3, 0), (4, 0)]
+    with crew(_squares(), 0, **TWO) as actors:
+        assert list(actors.map(_call, work)) == [1, 4, 9, 16]
+        assert (tmp_path / "once").exists() and len(actors.actors) == 3
+        with pytest.raises(RayActorError):
+            list(actors.map(_call, [(1, 0), (2, 0, tmp_path / "x.always")]))
+        assert len(actors.actors) == 5  # two more have tried it
+    assert _free_cpus_soon() == 2
 
 
 @lets_go

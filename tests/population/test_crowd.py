@@ -157,7 +157,7 @@ def test_encoded_users_have_the_encoders_vectors(tmp_path: Path) -> None:
 
 def test_two_runs_do_not_work_in_one_place(tmp_path: Path) -> None:
     config = _config(tmp_path)
-    with alone_in(Path(f"{config.out}.parts")), pytest.raises(ValueError, match="another run is at work in"):
+    with alone_in(f"{config.out}.parts", "x"), pytest.raises(ValueError, match="another simulation is at work in"):
         simulate_population(config)
     assert not Path(config.store).exists()
 

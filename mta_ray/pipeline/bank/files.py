@@ -12,9 +12,6 @@ lies in another folder, and is neither seen nor touched.
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +32,7 @@ from mta_ray.artifacts import (
     remove,
     remove_empty,
 )
+from mta_ray.files import alone_in
 from mta_ray.lora.adapter import Adapter, Factors
 from mta_ray.object_store import is_remote
 from mta_ray.personalize.engines import SlotState
@@ -77,24 +75,12 @@ class AdapterFiles:
         if is_remote(self.folder):
             yield
             return
-        os.makedirs(self.folder, exist_ok=True)
-        held = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(held)
-                raise ValueError(
-                    f"another build-bank with the same settings is at work in {self.folder}; "
-                    "wait for it, stop it, or give another --out"
-                ) from None
-            # a file system without locks
-        try:
-            yield
-        finally:
-            os.close(held)
-            remove_empty(self.folder)
-            remove_empty(self.root)
+        with alone_in(self.folder, "another build-bank with the same settings"):
+            try:
+                yield
+            finally:
+                remove_empty(self.folder)
+                remove_empty(self.root)
 
     def others(self) -> list[str]:
         """Names of the folders beside this one: of other settings, never finished."""

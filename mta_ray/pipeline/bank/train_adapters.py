@@ -25,6 +25,8 @@ STOP_S = 30.0
 """How long the driver waits, when it is told to stop, for the groups to keep their checkpoints."""
 SWEEP_S = 10.0
 """How long one waits for a controller to die whose group was ended."""
+SWEEP_EVERY_S = 10.0
+"""And how often one looks for what others have left that were killed."""
 DEATHS_OF_MEMORY = 2
 """Deaths of a group in a row, while it did not get on, from which on each one halves its lanes."""
 RUN_CHARS = 12
@@ -55,9 +57,7 @@ def _watch_groups(plan: Plan, foreman: ActorHandle) -> Roster:
     except (KeyboardInterrupt, Exception):
         with suppress(ray.exceptions.RayError):
             _dismiss(foreman)
-            for group in crew:
-                group.give_back()
-            sweep_devices()
+            _end(at_work)
         raise
     roster = ray.get(foreman.roster.remote())
     assert roster.is_done, roster
@@ -65,16 +65,18 @@ def _watch_groups(plan: Plan, foreman: ActorHandle) -> Roster:
 
 
 def _follow(at_work: dict[ray.ObjectRef, _Group], foreman: ActorHandle) -> None:
-    over_since_s, is_cut_short = math.inf, False
+    over_since_s = math.inf
+    swept_at_s = time.monotonic()
     while at_work:
         ended, waiting = ray.wait(list(at_work), num_returns=1, timeout=POLL_S)
-        sweep_devices()
+        if ended or time.monotonic() - swept_at_s > SWEEP_EVERY_S:
+            sweep_devices()
+            swept_at_s = time.monotonic()
         for task in ended:
             group = at_work.pop(task)
             try:
                 ray.get(task)
             except Exception as error:
-                is_cut_short = True
                 group.failed(error)
             group.give_back()
             roster: Roster = ray.get(foreman.roster.remote())
@@ -84,13 +86,18 @@ def _follow(at_work: dict[ray.ObjectRef, _Group], foreman: ActorHandle) -> None:
             over_since_s = min(over_since_s, time.monotonic())
             has_come = ray.get(foreman.devices_of.remote())
             is_late = time.monotonic() - over_since_s > STOP_S
-            for task in waiting:  # who has come is on its way out; who has not has no devices
-                if at_work[task].number not in has_come or is_late:
-                    is_cut_short = True
-                    ray.cancel(task, force=True)
-                    at_work.pop(task).give_back()
+            # who has come is on its way out; who has not has no devices
+            late = {task: at_work.pop(task) for task in waiting if is_late or at_work[task].number not in has_come}
+            _end(late)
+
+
+def _end(at_work: dict[ray.ObjectRef, _Group]) -> None:
+    """End these groups' tasks, and wait until nothing is set apart for anybody who is gone."""
+    for task, group in at_work.items():
+        ray.cancel(task, force=True)
+        group.give_back()
     deadline_s = time.monotonic() + SWEEP_S
-    while is_cut_short and sweep_devices() and time.monotonic() < deadline_s:
+    while at_work and sweep_devices() and time.monotonic() < deadline_s:
         time.sleep(0.2)
 
 

@@ -28,7 +28,7 @@ from mta_ray.artifacts import canonical_json, is_current, jsonable, located, ope
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.console import announce
 from mta_ray.evaluation.sections import write_sections
-from mta_ray.files import LOCK, alone_in
+from mta_ray.files import alone_in
 from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.object_store import is_remote
 from mta_ray.pipeline.memory import watch_memory
@@ -152,13 +152,19 @@ def simulate_population(config: SimulatePopulationConfig) -> str:
         return config.out
 
     work = Path(f"{config.out}.parts")
-    with (
-        alone_in(work),
-        connect(config.cluster),
-        publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft,
-    ):
+    with alone_in(work, "another simulation"):
         if config.force:
             _empty(work)
+        report = _make(config, settings, inputs, work)
+        shutil.rmtree(work, ignore_errors=True)
+    announce(crowd_report.told(report))
+    log.info("population: %d users, in %s", config.users, config.out)
+    return config.out
+
+
+def _make(config: SimulatePopulationConfig, settings: dict, inputs: dict[str, str], work: Path) -> dict[str, Any]:
+    """Publish it; its report."""
+    with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         board = open_board()
 
         # 1. whom to draw from, and whom to route to
@@ -187,10 +193,7 @@ def simulate_population(config: SimulatePopulationConfig) -> str:
             _link(run.plan.file(part), draft.path)
         write_sections(draft.path, "A simulated population", crowd_report.sections(report), report)
         draft.facts.update(users=config.users, anchors=len(crowd.anchors.ids), encoder=crowd.anchors.encoder)
-    shutil.rmtree(work, ignore_errors=True)
-    announce(crowd_report.told(report))
-    log.info("population: %d users, in %s", config.users, config.out)
-    return config.out
+    return report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,11 +355,11 @@ def _plan(
 
 
 def _empty(folder: Path) -> None:
-    """But for the lock that we hold."""
+    """The folder itself stays: we hold its lock."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name != LOCK:
+        else:
             path.unlink(missing_ok=True)
 
 

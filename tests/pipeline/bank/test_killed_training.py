@@ -53,8 +53,8 @@ def settings(home: Path, out: str) -> BuildBankConfig:
     )
 
 
-FREE_S = 90.0
-"""Ray Train looks for devices for a minute before it hears that it need not."""
+FREE_S = 20.0
+"""Nothing is set apart for a group for much longer than it lives."""
 
 
 @pytest.fixture(scope="module")
