@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 from pytest import TestReport
@@ -29,8 +30,6 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.update(RAY_worker_niceness="0")
 # No node of these clusters is ever drained, and who watches for that is one more process for each training group.
 os.environ.update(RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
-# What a node tells of its metrics is two seconds old at most, not ten: some tests wait for it.
-os.environ.update(RAY_metrics_report_interval_ms="2000")
 os.environ.pop("RAY_ADDRESS", None)  # no test joins a cluster that it did not start
 # Worker processes find the package, and programs that pip put beside Python, installed and activated or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -105,7 +104,12 @@ def ray_local() -> Iterator[None]:
     from mta_ray.cluster import ClusterConfig, connect
     from mta_ray.serving.local import serving_environment
 
-    with serving_environment(), connect(ClusterConfig(cpus=2, object_store_mib=150)):
+    with (
+        # what a node tells of its metrics is two seconds old at most, not ten: some tests wait for it
+        mock.patch.dict(os.environ, RAY_metrics_report_interval_ms="2000"),
+        serving_environment(),
+        connect(ClusterConfig(cpus=2, object_store_mib=150)),
+    ):
         yield
 
 

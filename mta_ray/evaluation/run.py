@@ -19,6 +19,7 @@ from rich.console import Console
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
 from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.console import progress
 from mta_ray.evaluation.methods import OPPU, Methods, Pack
 from mta_ray.evaluation.report import table, write_report
 from mta_ray.evaluation.summary import Curve, MapPoint, ReportFacts, summarise
@@ -34,7 +35,6 @@ from mta_ray.pipeline.adapt_users import packs_of, read_states
 from mta_ray.pipeline.embed_users import Embeddings, read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.memory import PeakMemory, watch_memory
-from mta_ray.pipeline.progress import follow, open_board
 from mta_ray.pipeline.split import SplitConfig, check_same_line, teachers_of, tested_of
 
 log = logging.getLogger(__name__)
@@ -164,11 +164,10 @@ def _predict(
     vectors = encode(embeddings.means[[row_of[user.id] for user in tested]], bank.center)
     vector_of = {user.id: vector for user, vector in zip(tested, vectors, strict=True)}
     packs = packs_of(tested, list(vector_of), config.workers)
-    board = open_board()
     rows: list[dict[str, Any]] = []
     costs: dict[str, _Cost] = defaultdict(_Cost)
     with (
-        follow(board, PROGRESS, len(tested), "users"),
+        progress(PROGRESS, len(tested), "users") as meter,
         crew(_Evaluator, config, workers=config.workers, cluster=config.cluster) as actors,
     ):
         work = [(pack, np.stack([vector_of[user.id] for user in pack])) for pack in packs]
@@ -177,7 +176,7 @@ def _predict(
             users = len({row["user_id"] for row in found})
             for method, (bytes_per_user, seconds_per_user) in spent.items():
                 costs[method].add(users, bytes_per_user, seconds_per_user)
-            board.add.remote(PROGRESS, users)
+            meter.advance(users)
     return rows, costs
 
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
 from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.console import progress
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter, from_bytes, to_bytes
 from mta_ray.lora.bank import load_bank
@@ -30,7 +31,6 @@ from mta_ray.pipeline.actors import ActorConfig, crew
 from mta_ray.pipeline.embed_users import read_embeddings
 from mta_ray.pipeline.group import start_worker
 from mta_ray.pipeline.prepare_users import read_users
-from mta_ray.pipeline.progress import follow, open_board
 from mta_ray.pipeline.split import SplitConfig, check_same_line, split_users
 
 log = logging.getLogger(__name__)
@@ -137,9 +137,8 @@ def adapt_users(config: AdaptUsersConfig) -> str:
 
     # 2. stacks: packs of users, over the actors
     with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
-        board = open_board()
         with (
-            follow(board, PROGRESS, len(rows), "users"),
+            progress(PROGRESS, len(rows), "users") as meter,
             pq.ParquetWriter(draft.path / "states.parquet", _SCHEMA) as out,
             crew(_Stacker, config, workers=config.workers, cluster=config.cluster) as actors,
         ):
@@ -147,7 +146,7 @@ def adapt_users(config: AdaptUsersConfig) -> str:
             work = ([(user, route_of[user.id]) for user in pack] for pack in packs)
             for states in actors.map(lambda actor, pack: actor.stack.remote(pack), work):
                 out.write_table(pa.Table.from_pylist(states, schema=_SCHEMA))
-                board.add.remote(PROGRESS, len(states))
+                meter.advance(len(states))
         draft.facts.update(users=len(rows))
     log.info("user states: %d users, in %s", len(rows), config.out)
     return config.out

@@ -25,6 +25,7 @@ from mta_ray.personalize.coefficients import CoefficientConfig
 from mta_ray.personalize.merge_then_adapt import encode, stack_users
 from mta_ray.personalize.searched_weights import SearchConfig
 from mta_ray.personalize.train_config import TrainConfig
+from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.pipeline.build_bank import BuildBankConfig
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, item_texts
 from mta_ray.pipeline.prepare_users import read_users
@@ -59,6 +60,7 @@ def config(tmp_path_factory, ray_local, tiny_model) -> BenchmarkConfig:
     )  # fmt: skip
     config = BenchmarkConfig(
         out=str(folder / "out"),
+        workers=ActorConfig(actors=1),
         materials=materials,
         methods=ALL_BUT_ONE,
         settings=settings,

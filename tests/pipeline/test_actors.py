@@ -47,7 +47,7 @@ def _free_cpus_soon() -> float:
 
 
 def test_results_come_in_order_or_as_they_are_ready(ray_local) -> None:
-    work = [(0, 3.0), (1, 0.0), (2, 0.0), (3, 0.0)]  # the first takes longer than all others
+    work = [(0, 1.5), (1, 0.0), (2, 0.0), (3, 0.0)]  # the first takes longer than all others
     with crew(_squares(), 10, **TWO) as actors:
         _both_up(actors)
         assert list(actors.map(_call, work)) == [10, 11, 14, 19]
