@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from free_cpus import free_cpus
 from ray.exceptions import RayActorError
 
 from mta_ray.cluster import ClusterConfig
@@ -39,13 +40,6 @@ def _call(actor, given: tuple) -> ray.ObjectRef:
     return actor.of.remote(*given)
 
 
-def _free_cpus_soon() -> float:
-    deadline_s = time.monotonic() + 20
-    while (free := ray.available_resources().get("CPU", 0)) < 2 and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-    return free
-
-
 def test_results_come_in_order_or_as_they_are_ready(ray_local) -> None:
     work = [(0, 1.5), (1, 0.0), (2, 0.0), (3, 0.0)]  # the first takes longer than all others
     with crew(_squares(), 10, **TWO) as actors:
@@ -53,7 +47,7 @@ def test_results_come_in_order_or_as_they_are_ready(ray_local) -> None:
         assert list(actors.map(_call, work)) == [10, 11, 14, 19]
         assert list(actors.map_unordered(_call, work))[-1] == 10
         assert list(actors.map(_call, [])) == []
-    assert _free_cpus_soon() == 2
+    assert free_cpus() == 2
 
 
 def test_one_that_finds_no_room_keeps_no_call_waiting(ray_local) -> None:
@@ -62,14 +56,14 @@ def test_one_that_finds_no_room_keeps_no_call_waiting(ray_local) -> None:
     with crew(_squares(), 0, **TWO) as actors:
         assert list(actors.map(_call, [(n,) for n in range(8)])) == [n**2 for n in range(8)]
     del other
-    assert _free_cpus_soon() == 2
+    assert free_cpus() == 2
 
 
 def test_an_error_comes_as_it_was_raised_and_keeps_no_cpu(ray_local) -> None:
     with pytest.raises(ValueError, match="-1 is negative") as error, crew(_squares(), 0, **TWO) as actors:
         list(actors.map(_call, [(1,), (-1,), (3,)]))
-    assert _free_cpus_soon() == 2
-    assert error.value.__traceback__ is not None  # which is kept until here
+    assert free_cpus() == 2
+    del error  # until here it keeps the traceback
 
 
 def test_what_a_dead_one_was_at_another_does_again(ray_local, tmp_path) -> None:
@@ -80,7 +74,7 @@ def test_what_a_dead_one_was_at_another_does_again(ray_local, tmp_path) -> None:
         with pytest.raises(RayActorError):
             list(actors.map(_call, [(1, 0), (2, 0, tmp_path / "x.always")]))
         assert len(actors.actors) == 5  # two more have tried it
-    assert _free_cpus_soon() == 2
+    assert free_cpus() == 2
 
 
 @lets_go
@@ -96,8 +90,8 @@ def _rated() -> list:
 def test_nor_does_one_of_ray_data(ray_local) -> None:
     with pytest.raises(ValueError, match="nothing is rated") as error:
         _rated()
-    assert _free_cpus_soon() == 2
-    assert error.value.__traceback__ is not None
+    assert free_cpus() == 2
+    del error  # until here it keeps the traceback
 
 
 def _both_up(actors: Crew) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import fsspec
 import psutil
 import pytest
-import ray
 import torch
+from free_cpus import free_cpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mta_ray.lora.bank import Bank, assemble, load_bank
@@ -51,10 +51,6 @@ def settings(home: Path, out: str) -> BuildBankConfig:
         train=TRAIN,
         group=GroupConfig(cpus_per_worker=1),
     )
-
-
-FREE_S = 20.0
-"""Nothing is set apart for a group for much longer than it lives."""
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +209,6 @@ def _command(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-def free_cpus() -> float:
-    """Of a cluster of two; a group's are given back a little later than its results."""
-    deadline_s = time.monotonic() + FREE_S
-    while (free := ray.available_resources().get("CPU", 0)) < 2 and time.monotonic() < deadline_s:
-        time.sleep(0.5)
-    return free
 
 
 @pytest.fixture(scope="module")
