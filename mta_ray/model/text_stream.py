@@ -22,6 +22,8 @@ class TextStream:
     """The text begins with its first character that is no space; stop strings are looked for after that."""
     is_stopped: bool = False
     """A stop string came: cancel the request, nothing more will be returned."""
+    chars: int = 0
+    """Of the text so far, what is held back among it: where the next token's text begins."""
     _ids: list[int] = field(default_factory=list)
     _start: int = 0
     """First token of the window that is decoded again with each push."""
@@ -61,6 +63,7 @@ class TextStream:
         if self.strips:
             new = new.lstrip()
             self.strips = not new
+        self.chars += len(new)
         text = self._held + new
         places = [place for stop in self.stops if stop and (place := text.find(stop)) >= 0]
         if places:

@@ -77,6 +77,9 @@ class ToldToken:
     """A token with its log-probability, as text."""
 
     text: str
+    """By itself: spaces between words, and bytes of a character, may be missing."""
+    offset: int
+    """Characters of the answer before it."""
     logprob: float
     alternatives: tuple[tuple[str, float], ...]
 

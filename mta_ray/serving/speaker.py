@@ -27,8 +27,8 @@ class Speaker:
         told: tuple[ToldToken, ...] = ()
         if piece.token is not None:
             self.tokens += 1
-            text = self._stream.push(piece.token)
             told = (self._told(piece),) if self._wants_logprobs else ()
+            text = self._stream.push(piece.token)
         finish: Finish | None = None
         if piece.finish is not None and not self._stream.is_stopped:
             text += self._stream.end()
@@ -46,6 +46,7 @@ class Speaker:
         assert piece.token is not None
         return ToldToken(
             text=text(piece.token),
+            offset=self._stream.chars,
             logprob=piece.logprob or 0.0,
             alternatives=tuple((text(token), logprob) for token, logprob in piece.alternatives),
         )

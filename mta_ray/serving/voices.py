@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from pydantic import BaseModel
@@ -75,19 +75,18 @@ class CompletionVoice:
     id: str
     model: str
     created: int
-    _offset: int = field(default=0)
 
     def whole(self, parts: Sequence[Part], prompt_tokens: int) -> Completion:
         told = [token for part in parts for token in part.told]
         choice = CompletionChoice(
             text="".join(part.text for part in parts),
             finish_reason=parts[-1].finish or "stop",
-            logprobs=self._logprobs(told),
+            logprobs=_completion_logprobs(told),
         )
         return self._made([choice], _usage(prompt_tokens, parts[-1].tokens))
 
     def chunk(self, part: Part) -> Completion:
-        choice = CompletionChoice(text=part.text, finish_reason=part.finish, logprobs=self._logprobs(part.told))
+        choice = CompletionChoice(text=part.text, finish_reason=part.finish, logprobs=_completion_logprobs(part.told))
         return self._made([choice])
 
     def last(self, prompt_tokens: int, tokens: int) -> Completion:
@@ -96,23 +95,20 @@ class CompletionVoice:
     def _made(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         return Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
 
-    def _logprobs(self, told: Sequence[ToldToken]) -> CompletionLogprobs | None:
-        if not told:
-            return None
-        offsets = []
-        for token in told:
-            offsets.append(self._offset)
-            self._offset += len(token.text)
-        return CompletionLogprobs(
-            tokens=[token.text for token in told],
-            token_logprobs=[token.logprob for token in told],
-            top_logprobs=[dict(token.alternatives) for token in told],
-            text_offset=offsets,
-        )
-
 
 def _usage(prompt_tokens: int, tokens: int) -> Usage:
     return Usage(prompt_tokens=prompt_tokens, completion_tokens=tokens, total_tokens=prompt_tokens + tokens)
+
+
+def _completion_logprobs(told: Sequence[ToldToken]) -> CompletionLogprobs | None:
+    if not told:
+        return None
+    return CompletionLogprobs(
+        tokens=[token.text for token in told],
+        token_logprobs=[token.logprob for token in told],
+        top_logprobs=[dict(token.alternatives) for token in told],
+        text_offset=[token.offset for token in told],
+    )
 
 
 def _chat_logprobs(told: Sequence[ToldToken]) -> ChatLogprobs | None:
@@ -123,12 +119,17 @@ def _chat_logprobs(told: Sequence[ToldToken]) -> ChatLogprobs | None:
             TokenLogprob(
                 token=token.text,
                 logprob=token.logprob,
-                bytes=list(token.text.encode()),
+                bytes=_bytes(token.text),
                 top_logprobs=[
-                    TopLogprob(token=text, logprob=logprob, bytes=list(text.encode()))
+                    TopLogprob(token=text, logprob=logprob, bytes=_bytes(text))
                     for text, logprob in token.alternatives
                 ],
             )
             for token in told
         ]
     )
+
+
+def _bytes(token: str) -> list[int] | None:
+    """None where the token is part of a character, whose bytes its text does not tell."""
+    return None if "\ufffd" in token else list(token.encode())

@@ -45,6 +45,18 @@ def test_what_is_stripped_stops_nothing(text, stops):
     assert sent == cut(text.lstrip(), stops)
 
 
+@settings(deadline=None, max_examples=100)
+@given(st.text("a é\n", max_size=10))
+def test_where_a_tokens_text_begins(text):
+    stream = TextStream(Bytes(), ["no such text"], strips=True)
+    begins = []
+    for byte in text.encode():
+        begins.append(stream.chars)
+        stream.push(byte)
+    start = len(text) - len(text.lstrip())
+    assert begins == [max(0, n - start) for n, char in enumerate(text) for _ in char.encode()]
+
+
 @pytest.mark.parametrize("text", ["unbelievably good films, mostly", "it's 5.0 (really)"])
 def test_word_pieces_keep_their_spaces(tiny_model, text):
     tokenizer = tiny_model().tokenizer

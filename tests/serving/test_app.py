@@ -115,7 +115,10 @@ def test_streaming_says_the_same(service: Service) -> None:
         model="mta", prompt=f"description: {QUESTION} tag:", user="ann", max_tokens=12, temperature=0, logprobs=1
     )
     assert text.choices[0].text.strip() == whole.choices[0].message.content
-    assert len(text.choices[0].logprobs.tokens) == 12
+    told = text.choices[0].logprobs
+    assert len(told.tokens) == len(told.text_offset) == 12 and told.text_offset[-1] > told.text_offset[0] == 0
+    for at, token in zip(told.text_offset, told.tokens, strict=True):
+        assert text.choices[0].text[at:].lstrip().startswith(token.removeprefix("##"))
     streamed = client.completions.create(
         model="mta", prompt=f"description: {QUESTION} tag:", user="ann", max_tokens=12, temperature=0, stream=True
     )
