@@ -64,7 +64,9 @@ def tokenise(backbone: Backbone, prompt: str, target: str, *, max_target_tokens:
     """A training sequence. A target longer than `max_target_tokens` is cut and still closed."""
     answer = backbone.tokenizer(" " + target, add_special_tokens=False)["input_ids"][:max_target_tokens]
     answer = [*answer, backbone.end_id]
-    return Tokens(ids=(*prompt_ids(backbone, prompt, room=len(answer)), *answer), target_tokens=len(answer))
+    before = prompt_ids(backbone, prompt, room=len(answer))
+    # Without a prompt, and a tokenizer that opens with nothing, the first token stands after none that predicts it.
+    return Tokens(ids=(*before, *answer), target_tokens=len(answer) - (not before))
 
 
 def collate(backbone: Backbone, rows: Sequence[Tokens], device: torch.device | str = "cpu") -> Batch:
@@ -76,7 +78,7 @@ def collate(backbone: Backbone, rows: Sequence[Tokens], device: torch.device | s
     for i, row in enumerate(rows):
         ids[i, width - len(row.ids) :] = torch.tensor(row.ids)
         attention[i, width - len(row.ids) :] = 1
-        labels[i, keep - row.target_tokens :] = torch.tensor(row.ids[-row.target_tokens :])
+        labels[i, keep - row.target_tokens :] = torch.tensor(row.ids[len(row.ids) - row.target_tokens :])
     return Batch(ids.to(device), attention.to(device), labels.to(device))
 
 

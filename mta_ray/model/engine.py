@@ -160,20 +160,28 @@ class Engine:
         """Put an adapter into a slot that no running request uses, between two steps.
 
         Raises ValueError at once for factors that are not finite or absurdly large: they would disturb other users.
-        Modules, ranks and shapes that do not fit make the Future raise ValueError; nothing was changed then.
+        Modules, ranks and shapes that do not fit make the Future raise ValueError. Whatever the error, the slot is
+        empty then: nobody is answered with what lay in it before.
         """
         check_values(adapter)
-        return self.between_steps(lambda: put(self.routed.layers, shelf, slot, adapter))
+
+        def load() -> None:
+            try:
+                put(self.routed.layers, shelf, slot, adapter)
+            except BaseException:
+                self._clear(shelf, slot)
+                raise
+
+        return self.between_steps(load)
 
     def wipe(self, shelf: str, slot: int) -> Future:
         """Empty a slot between two steps (a deleted user's stack leaves the device)."""
+        return self.between_steps(lambda: self._clear(shelf, slot))
 
-        def clear() -> None:
-            for layer in self.routed.layers.values():
-                layer.shelves[shelf].down[slot].zero_()
-                layer.shelves[shelf].up[slot].zero_()
-
-        return self.between_steps(clear)
+    def _clear(self, shelf: str, slot: int) -> None:
+        for layer in self.routed.layers.values():
+            layer.shelves[shelf].down[slot].zero_()
+            layer.shelves[shelf].up[slot].zero_()
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Every request's answer, in order, however many there are. Raises RequestFailed if one failed."""
@@ -217,7 +225,10 @@ class Engine:
         self._thread.start()
 
     def close(self, *, drain: bool = False) -> None:
-        """Take no more requests; cancel those under way, or with `drain` finish them first. Waits for the thread."""
+        """Take no more requests; cancel those under way, or with `drain` finish them first. Waits for the thread.
+
+        The cache's memory is free afterwards.
+        """
         with self._wake:
             self._is_closed = True
             if not drain:
@@ -228,6 +239,7 @@ class Engine:
         else:
             while self._has_work():
                 self.step()
+        self._cache.release()
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -333,14 +345,19 @@ class Engine:
         )
         with self.routed.router.spreading(spread):
             logits = forward(self.routed.model, inputs[0], inputs[1], self._inputs[4, : len(keep)], plan)
-        for turn in (*decoding, *chunks):
-            turn.running.cached += turn.count
         settings = [turn.running.ticket.request.sampling for turn in chosen]
         uniforms = [
             turn.running.ticket.uniform() if s.temperature > 0 else 0.0
             for turn, s in zip(chosen, settings, strict=True)
         ]
-        return list(zip(chosen, choose_tokens(logits, settings, uniforms) if chosen else [], strict=True))
+        choices = choose_tokens(logits, settings, uniforms) if chosen else []
+
+        # 4. done: before this, nothing of a request has changed, and the step can be tried again
+        for turn in (*decoding, *chunks):
+            turn.running.cached += turn.count
+        for turn in chosen:
+            turn.running.ticket.spend()
+        return list(zip(chosen, choices, strict=True))
 
     def _take(self, choices: list[tuple[Turn, Choice]]) -> int:
         over = []

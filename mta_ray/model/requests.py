@@ -81,8 +81,8 @@ class Ticket:
     ) -> None:
         self.request = request
         self.number = number
-        self.uniform = random.Random(seed).random
-        """The request's own random numbers: what its neighbours draw does not matter."""
+        self._random = random.Random(seed)
+        self._drawn: float | None = None
         self._cancel = cancel
         self.is_over = False
         """The last piece was made (read or not yet)."""
@@ -91,6 +91,19 @@ class Ticket:
         self._arrived: asyncio.Queue[Piece] | queue.SimpleQueue[Piece] = (
             asyncio.Queue() if asynchronous else queue.SimpleQueue()
         )
+
+    def uniform(self) -> float:
+        """The random number of the next token, the same until `spend`: a step that failed is tried again.
+
+        They are the request's own: what its neighbours draw does not matter.
+        """
+        if self._drawn is None:
+            self._drawn = self._random.random()
+        return self._drawn
+
+    def spend(self) -> None:
+        """The token was chosen: the next one has another number."""
+        self._drawn = None
 
     def cancel(self) -> None:
         """End the answer and give its row back before the next step. May be called twice, late, and by any thread."""

@@ -54,6 +54,11 @@ class RowCache:
     def bytes(self) -> int:
         return self.pool.numel() * self.pool.element_size()
 
+    def release(self) -> None:
+        """Give the memory back; the cache is of no use any more."""
+        self.pool = self.pool.new_zeros(0)
+        self._flat, self._own = [], []
+
     def move(self, source: int, target: int, tokens: int) -> None:
         """The first `tokens` of row `source` overwrite those of row `target`."""
         self.pool[:, :, target, :tokens].copy_(self.pool[:, :, source, :tokens])

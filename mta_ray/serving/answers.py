@@ -187,8 +187,9 @@ class AnchorView(BaseModel):
 class UserView(BaseModel):
     """GET /v1/users/{id}.
 
-    `stack_status` is `none` (never asked for), `waiting`, `training`, `ready` (answers use it), or `failed` (given up
-    until it is asked for again).
+    `stack_status` is `none` (never asked for), `waiting`, `training`, `ready` (answers use it, if base, bank and rank
+    are still those that are served: else the next question has it trained anew, but for a client's own, which waits
+    for its base to come back), or `failed` (given up until it is asked for again).
     """
 
     id: str

@@ -18,6 +18,8 @@ from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 from mta_ray.serving.migrations import migrate
 
 _WRITES = "mta_writes"
+AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+"""What is raised where the database does not answer, or not in time, or cannot write: the same may succeed later."""
 
 
 STORE = "runs/serving.db"

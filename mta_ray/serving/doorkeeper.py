@@ -12,6 +12,8 @@ from fastapi import Request
 from mta_ray.serving.keys import ApiKey, Bucket, InvalidKey, Keys, full_bucket, has_form, take
 from mta_ray.serving.schema import BadRequest, Limits
 
+FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+"""What proxies add for those whom they ask for."""
 LOOKED_AT_S = 1.0
 """The first key is noticed within this time, or at once where it is shown."""
 
@@ -72,10 +74,14 @@ class Doorkeeper:
 
 
 def _is_local(request: Request) -> bool:
-    """Whether this machine asks itself: no proxy that others reach, no web page of elsewhere (DNS rebinding too)."""
+    """Whether this machine asks itself: no proxy that others reach, no web page of elsewhere (DNS rebinding too).
+
+    A proxy that passes on neither the name it was asked by nor whom it asks for cannot be told from a local client.
+    """
     origin = request.headers.get("origin")
     return (
         request.client is not None
+        and not any(header in request.headers for header in FORWARDED)
         and _is_loopback(request.client.host)
         and _is_loopback(_host_of(f"//{request.headers.get('host', '')}"))
         and (origin is None or _is_loopback(_host_of(origin)))

@@ -112,6 +112,15 @@ CROWDED = Refused(status=503, message="the user's own replica has no free row; a
 """What a replica says to a question that came because the user's stack is here; no client hears it."""
 
 
+NO_DATABASE = Refused(
+    status=503,
+    message="the database does not answer; send the request again",
+    code="busy",
+    retry_after_s=REPLICA_AFTER_S,
+)
+"""What a client hears while the database is away."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
     """The first thing that comes of a write: a replica is at it."""

@@ -15,11 +15,10 @@ from dataclasses import replace
 from itertools import count
 from urllib.parse import unquote_to_bytes
 
-import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -42,10 +41,11 @@ from mta_ray.serving.answers import (
 )
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks, UnknownBank
-from mta_ray.serving.database import open_database
+from mta_ray.serving.database import AWAY, open_database
 from mta_ray.serving.doorkeeper import Doorkeeper
 from mta_ray.serving.exchange import (
     CROWDED,
+    NO_DATABASE,
     REPLICA_AFTER_S,
     RETRY_AFTER_S,
     Ask,
@@ -111,7 +111,7 @@ class Ingress:
             redirect_slashes=False,
             generate_unique_id_function=lambda route: route.name,
         )
-        for kind in (BadRequest, HTTPException, UnknownUser, Exception):
+        for kind in (BadRequest, HTTPException, UnknownUser, *AWAY, Exception):
             app.add_exception_handler(kind, self._told)
         add = app.add_api_route
         add("/healthz", self.healthz, methods=["GET"], **openapi.HEALTHZ)
@@ -132,7 +132,7 @@ class Ingress:
         """Called by Ray Serve: users who wait for a stack after a restart are not forgotten."""
         try:
             await self._train_if_asked()
-        except sa.exc.SQLAlchemyError as error:  # a new ingress would not reach the database either
+        except AWAY as error:  # a new ingress would not reach it either
             log.warning("the database does not answer: %s", type(error).__name__)
 
     # ---- OpenAI's
@@ -355,7 +355,7 @@ class Ingress:
         try:
             while await asyncio.to_thread(self.queue.waiting):
                 await self.stacker.train.remote()
-        except (RayActorError, *NO_REPLICA) as error:  # its users wait on, until the next health check
+        except (RayActorError, RayTaskError, *NO_REPLICA, *AWAY) as error:  # users wait on, until the next health check
             log.warning("the stacks' trainer is gone: %s", type(error).__name__)
 
     # ---- what goes out
@@ -384,6 +384,9 @@ class Ingress:
             return Response(error_of(error).body(), error.status, media_type="application/json", headers=retry)
         if isinstance(error, UnknownUser):
             return self._refusal(Refused(status=404, message="no such user", param="user", code="user_not_found"))
+        if isinstance(error, AWAY):
+            log.warning("the database does not answer: %s", type(error).__name__)
+            return self._refusal(NO_DATABASE)
         if isinstance(error, HTTPException):
             answer = self._refusal(Refused(status=error.status_code, message=str(error.detail)))
             if error.status_code == 405:

@@ -41,6 +41,10 @@ class Personal:
     """None: nobody is known by that name."""
 
 
+class OtherEncoder(Exception):
+    """The user's vectors are another encoder's: the whole history has to be encoded first."""
+
+
 class Personaliser:
     """Users' routes through the bank that is served, computed when they are asked for and kept."""
 
@@ -81,8 +85,11 @@ class Personaliser:
         with self._watch:
             self.served, self.encoder, self._generation = served, encoder, -1
 
-    def model_of(self, user: UserId | None) -> Personal:
-        """The user's route, from the store or computed anew. Nobody, and whoever has no history: the cold start."""
+    def model_of(self, user: UserId | None, *, encodes: bool = True) -> Personal:
+        """The user's route, from the store or computed anew. Nobody, and whoever has no history: the cold start.
+
+        Raises OtherEncoder where `encodes` is false and there is a history to encode.
+        """
         for _ in range(ATTEMPTS):
             served = self.served
             try:
@@ -93,6 +100,8 @@ class Personaliser:
                 return Personal(served=served, route=served.cold_start(), state=state)
             try:
                 if state.item_sum.encoder != self.encoder.source:
+                    if not encodes:
+                        raise OtherEncoder
                     self._encode_again(state)
                     continue
                 route = served.kept(state) or served.compute(state)

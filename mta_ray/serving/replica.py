@@ -12,11 +12,10 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-import sqlalchemy as sa
 import torch
 from ray import serve
 
@@ -29,9 +28,10 @@ from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import BANK
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks, PublishedBank
-from mta_ray.serving.database import open_database
+from mta_ray.serving.database import AWAY, open_database
 from mta_ray.serving.exchange import (
     CROWDED,
+    NO_DATABASE,
     RETRY_AFTER_S,
     Ask,
     NewHistory,
@@ -44,10 +44,10 @@ from mta_ray.serving.exchange import (
 )
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.meters import Meters
-from mta_ray.serving.personal import Personal, open_personaliser
+from mta_ray.serving.personal import OtherEncoder, Personal, open_personaliser
 from mta_ray.serving.schema import BadRequest
 from mta_ray.serving.served_bank import ServedBank, load_served
-from mta_ray.serving.slot_table import NoFreeSlot, SlotTable, StackKey
+from mta_ray.serving.slot_table import NoFreeSlot, SlotStats, SlotTable, StackKey
 from mta_ray.serving.speaker import Speaker
 from mta_ray.serving.stack_queue import StackQueue
 from mta_ray.serving.user_state import ANY_BANK, UserStack, UserState
@@ -58,6 +58,8 @@ from mta_ray.similarity.embedding import Encoder
 log = logging.getLogger(__name__)
 STACKS = "stacks"
 """The shelf of users' own stacks."""
+UNFIT_MAX = 100_000
+"""Keys of stacks that need not be read again; beyond it they are."""
 RELOAD_AFTER_S = 30.0
 """Before a bank that could not be loaded is tried again."""
 
@@ -132,6 +134,10 @@ class Replica:
         except BadRequest as error:
             yield Refused(status=error.status, message=str(error), param=error.param, code=error.code)
             return
+        except AWAY as error:
+            log.warning("the database does not answer: %s", type(error).__name__)
+            yield NO_DATABASE
+            return
         except (QueueFull, NoFreeSlot, Conflict):
             self.meters.refused.inc()
             message = "the server is busy; send the request again"
@@ -180,6 +186,9 @@ class Replica:
             yield Refused(status=409, message=str(error), code="conflict")
         except HistoryTooLong as error:
             yield Refused(status=400, message=str(error), param="items", code="history_too_long")
+        except AWAY as error:
+            log.warning("the database does not answer: %s", type(error).__name__)
+            yield NO_DATABASE
 
     async def put_stack(self, new: NewStack) -> AsyncIterator[Taken | Stored | Refused]:
         """An adapter from elsewhere as the user's stack, if it fits this base and a slot of the shelf."""
@@ -214,17 +223,23 @@ class Replica:
             yield Refused(status=409, message=str(error), code="conflict")
         except ValueError as error:
             yield Refused(status=400, message=f"this adapter cannot be used: {error}", code="bad_adapter")
+        except AWAY as error:
+            log.warning("the database does not answer: %s", type(error).__name__)
+            yield NO_DATABASE
 
     async def forget(self, user: UserId) -> None:
         """The user was deleted: the stack leaves the device, and an anchor the bank's shelf."""
-        await self._noticed(await asyncio.to_thread(self.personaliser.follow))
         for slot in self._run.table.forget(user.tenant, user.id):
             _wipe(self._run, STACKS, slot)
+        with suppress(*AWAY):  # then the next health check notices
+            await self._noticed(await asyncio.to_thread(self.personaliser.follow))
         self._run.unfit = {key for key in self._run.unfit if (key.tenant, key.user) != (user.tenant, user.id)}
 
     async def reroute(self, anchor: UserId) -> int:
         """New routes for users who cite a retired anchor: a first page at once, the rest behind the answer."""
-        done = await asyncio.to_thread(self.personaliser.reroute, anchor, pages=1)
+        done = 0
+        with suppress(*AWAY):
+            done = await asyncio.to_thread(self.personaliser.reroute, anchor, pages=1)
         self._rerouting.submit(self._reroute_rest, anchor)
         return done
 
@@ -243,9 +258,9 @@ class Replica:
         """How busy this replica is."""
         return self._run.engine.stats()
 
-    async def stacks_in_use(self) -> int:
-        """Slots of stacks that requests under way hold."""
-        return self._run.table.pinned
+    async def stack_slots(self) -> SlotStats:
+        """The shelf of stacks at this moment."""
+        return self._run.table.stats()
 
     async def check_health(self) -> None:
         """Called by Ray Serve: what happened to banks, anchors and users is noticed without a request too."""
@@ -257,7 +272,7 @@ class Replica:
         try:
             await self._noticed(await asyncio.to_thread(self.personaliser.follow))
             outdated = await asyncio.to_thread(self._outdated, run.table.keys())
-        except sa.exc.SQLAlchemyError as error:  # a new replica would not reach the database either
+        except AWAY as error:  # a new replica would not reach it either
             log.warning("the database does not answer: %s", type(error).__name__)
             return
         for key in outdated:
@@ -277,7 +292,12 @@ class Replica:
             # 1. the user's route, the prompt, and the stack if it is not on the device
             await self._is_open.wait()
             run = self._run
-            other, personal, request = await asyncio.to_thread(self._prepare, ask)
+            try:
+                other, personal, request = await asyncio.to_thread(self._prepare, ask)
+            except OtherEncoder:  # a long history takes long: nobody else waits for it
+                assert ask.user is not None
+                await asyncio.get_running_loop().run_in_executor(self._encoding, self.personaliser.model_of, ask.user)
+                continue
             await self._noticed(other)
             key = _stack_key(personal.state)
             if key in run.unfit:
@@ -289,6 +309,8 @@ class Replica:
                 except Conflict:
                     continue
                 if stack is None:
+                    if len(run.unfit) >= UNFIT_MAX:
+                        run.unfit.clear()
                     run.unfit.add(key)
                     key = None
 
@@ -300,7 +322,7 @@ class Replica:
     def _prepare(self, ask: Ask) -> tuple[PublishedBank | None, Personal, Request]:
         began_s = time.perf_counter()
         other = self.personaliser.follow()
-        personal = self.personaliser.model_of(ask.user)
+        personal = self.personaliser.model_of(ask.user, encodes=False)
         self.meters.personalise_ms.observe((time.perf_counter() - began_s) * 1e3)
 
         limits, prompts = self.args.limits, self.prompts
@@ -322,12 +344,18 @@ class Replica:
         return other, personal, request
 
     def _read_stack(self, key: StackKey, served: ServedBank) -> Adapter | None:
-        """The stack, if it is of this base and bank and fits its slot; one of an older bank is trained anew."""
+        """The stack, if it is of this base and bank and fits its slot.
+
+        One that was trained here, for another base, bank or rank, is trained anew; a client's own is kept as it is.
+        """
         user = UserId(tenant=key.tenant, id=key.user)
         stack = self.store.read_stack(user)
         if stack is None or stack.version != key.version:
             raise Conflict("the stack has changed")
-        if stack.bank_version not in (ANY_BANK, served.version) or stack.base_fingerprint != self._fingerprint:
+        is_of_here = stack.base_fingerprint == self._fingerprint and stack.rank == self.args.stack.rank
+        if stack.bank_version == ANY_BANK and not is_of_here:
+            return None
+        if stack.bank_version not in (ANY_BANK, served.version) or not is_of_here:
             with suppress(UnknownUser):
                 self.queue.enqueue(user)
             return None
@@ -351,7 +379,9 @@ class Replica:
             request = replace(request, routes={**request.routes, STACKS: Route(slots=(slot,), weights=(1.0,))})
             if seat.is_new:
                 assert stack is not None
-                run.engine.load(STACKS, slot, stack)
+                loop = asyncio.get_running_loop()
+                loading = run.engine.load(STACKS, slot, stack)
+                loading.add_done_callback(lambda done: loop.call_soon_threadsafe(self._see_loaded, run, key, done))
         try:
             ticket = run.engine.submit(request, asynchronous=True)
         except BaseException:
@@ -359,6 +389,16 @@ class Replica:
                 _wipe(run, STACKS, slot)
             raise
         return Admitted(run=run, ticket=ticket, bank_version=personal.served.version, slot=slot)
+
+    def _see_loaded(self, run: Running, key: StackKey, loading: Future[None]) -> None:
+        """A stack that could not be loaded left its slot empty: this answer is of the bank alone, the next one tries
+        again."""
+        error = loading.exception()
+        if error is None:
+            return
+        log.error("a stack could not be loaded: %s", type(error).__name__)
+        for slot in run.table.forget(key.tenant, key.user):
+            _wipe(run, STACKS, slot)
 
     # ---- the bank
 

@@ -29,6 +29,18 @@ class Seat:
     """The stack has to be loaded into the slot; False: it is there."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotStats:
+    """A table at one moment, and since it was made."""
+
+    held: int
+    """Slots with a stack, in use or not."""
+    pinned: int
+    """Slots that requests in flight use."""
+    hits: int
+    misses: int
+
+
 class NoFreeSlot(RuntimeError):
     """Every slot is in use by a request in flight; try again later, or serve the user without a stack."""
 
@@ -69,6 +81,9 @@ class SlotTable:
     def pinned(self) -> int:
         """Slots in use by requests in flight."""
         return sum(1 for occupant in self._occupants.values() if occupant.pins)
+
+    def stats(self) -> SlotStats:
+        return SlotStats(held=len(self), pinned=self.pinned, hits=self.hits, misses=self.misses)
 
     def acquire(self, key: StackKey) -> Seat:
         """The stack's slot, pinned until released as often as acquired. Raises NoFreeSlot; nothing was changed then."""

@@ -86,7 +86,17 @@ class Stacker:
         # 1. the bank in force, and each user's lessons over the route beneath
         self._follow()
         served = self.personaliser.served
-        pupils = [pupil for job in jobs if (pupil := self._pupil(job)) is not None]
+        pupils = []
+        for job in jobs:
+            try:
+                pupil = self._pupil(job)
+            except Exception as error:  # noqa: BLE001 - whatever a history holds, the others are trained
+                log.warning("a stack cannot be trained: %s", type(error).__name__)
+                with suppress(LeaseLost):
+                    self.queue.fail(job, type(error).__name__)
+                continue
+            if pupil is not None:
+                pupils.append(pupil)
         if not pupils:
             return 0
 

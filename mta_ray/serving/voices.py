@@ -121,8 +121,7 @@ def _chat_logprobs(told: Sequence[ToldToken]) -> ChatLogprobs | None:
                 logprob=token.logprob,
                 bytes=_bytes(token.text),
                 top_logprobs=[
-                    TopLogprob(token=text, logprob=logprob, bytes=_bytes(text))
-                    for text, logprob in token.alternatives
+                    TopLogprob(token=text, logprob=logprob, bytes=_bytes(text)) for text, logprob in token.alternatives
                 ],
             )
             for token in told

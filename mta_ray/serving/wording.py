@@ -90,7 +90,7 @@ class Prompts:
         """What a stack is trained on: questions about the user's items, or free texts as they are."""
         if task == FREE_TEXT:
             texts = [f"{item.content} {item.target}".strip() for item in history]
-            return [tokenise(self.backbone, "", text) for text in texts]
+            return [lesson for text in texts if (lesson := tokenise(self.backbone, "", text)).target_tokens]
         wording = self.wording
         if task != wording.task.name:
             wording = replace(wording, task=task_named(task), labels=task_named(task).labels)

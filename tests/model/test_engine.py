@@ -246,17 +246,24 @@ def test_a_cancelled_request_gives_its_row_back_and_disturbs_nobody(world):
     wanted = [world.engine.generate([request])[0].tokens for request in requests]
     before = world.engine.stats()
     tickets = [world.engine.submit(request) for request in requests]
+    in_time = []
     for n in range(6):
         for _ in range(draw.randint(0, 3)):
             world.engine.step()
+        in_time.append(not tickets[2 * n].is_over)
         tickets[2 * n].cancel()
         tickets[2 * n].cancel()
+        if in_time[-1]:
+            world.engine.step()
+            assert tickets[2 * n].is_over, "it leaves before the next step"
     while world.engine.stats().running or world.engine.stats().waiting:
         world.engine.step()
+    assert sum(in_time) >= 5
     for n, ticket in enumerate(tickets):
         answer = ticket.answer()
-        assert answer.finish == "cancelled" if n % 2 == 0 and len(answer.tokens) < 15 else answer.tokens == wanted[n]
-        assert answer.tokens == wanted[n][: len(answer.tokens)]
+        is_cancelled = n % 2 == 0 and in_time[n // 2]
+        assert answer.finish == ("cancelled" if is_cancelled else "length")
+        assert answer.tokens == (wanted[n][: len(answer.tokens)] if is_cancelled else wanted[n])
     after = world.engine.stats()
     assert (after.running, after.waiting, after.cached_tokens) == (0, 0, 0)
     assert after.cache_bytes == before.cache_bytes
@@ -332,6 +339,50 @@ def test_an_error_in_a_step_fails_the_new_ones_and_the_others_go_on(world):
     with pytest.raises(RequestFailed, match="out of memory, says the test"):
         bad.answer()
     assert [t.answer().tokens for t in tickets] == wanted
+
+
+def test_an_error_after_the_forward_pass_costs_the_others_neither_a_token_nor_a_draw(world, monkeypatch):
+    from mta_ray.model import engine
+
+    draw = random.Random(43)
+    warm = [Sampling(temperature=1.2, seed=n) for n in range(3)]
+    requests = [world.request(draw, max_new_tokens=10, sampling=sampling) for sampling in warm]
+    wanted = [world.engine.generate([request])[0].tokens for request in requests]
+    choose = engine.choose_tokens
+
+    def explode(logits, settings, uniforms):
+        if any(one.top_p == 0.123 for one in settings):
+            raise MemoryError("out of memory, says the test")
+        return choose(logits, settings, uniforms)
+
+    monkeypatch.setattr(engine, "choose_tokens", explode)
+    tickets = [world.engine.submit(request) for request in requests]
+    while not world.engine._schedule.running or not all(r.generated for r in world.engine._schedule.running):
+        world.engine.step()
+    bad = world.engine.submit(Request(prompt=(5, 6, 7), max_new_tokens=3, sampling=Sampling(top_p=0.123)))
+    while any(not t.is_over for t in (*tickets, bad)):
+        world.engine.step()
+    with pytest.raises(RequestFailed, match="out of memory, says the test"):
+        bad.answer()
+    assert [t.answer().tokens for t in tickets] == wanted
+
+
+def test_a_load_that_breaks_off_leaves_the_slot_empty(world, monkeypatch):
+    from mta_ray.model import engine
+
+    mine = world.request(random.Random(5), user=2, max_new_tokens=8)
+    bare = replace(mine, routes={"bank": mine.routes["bank"]})
+    assert world.engine.generate([mine]) != world.engine.generate([bare])
+
+    def break_off(layers, shelf, slot, adapter):
+        next(iter(layers.values())).shelves[shelf].down[slot].fill_(7.0)
+        raise RuntimeError("the device is full, says the test")
+
+    monkeypatch.setattr(engine, "put", break_off)
+    loading = world.engine.load("stack", 2, world.own[3])
+    assert world.engine.generate([mine]) == world.engine.generate([bare])
+    with pytest.raises(RuntimeError, match="the device is full"):
+        loading.result()
 
 
 def test_a_stack_is_loaded_while_others_are_decoded(world):
@@ -420,9 +471,16 @@ def test_many_threads_and_one_engine(world):
     assert [got[n] for n in range(len(requests))] == wanted
 
 
-def test_closing_cancels_what_is_under_way(world):
-    world.engine.start()
+@pytest.mark.parametrize("is_threaded", [False, True])
+def test_closing_cancels_what_is_under_way(world, is_threaded):
     tickets = [world.engine.submit(world.request(random.Random(n), max_new_tokens=15)) for n in range(8)]
+    world.engine.step()
+    assert [t.is_over for t in tickets] == [False] * 8
+    closing = threading.Event()
+    if is_threaded:
+        world.engine.between_steps(closing.wait)
+        world.engine.start()
+    threading.Timer(0.2, closing.set).start()
     world.engine.close()
-    assert {t.answer().finish for t in tickets} <= {"cancelled", "length"}
-    assert all(t.is_over for t in tickets)
+    assert {t.answer().finish for t in tickets} == {"cancelled"}
+    assert all(t.is_over for t in tickets) and world.engine.stats().cache_bytes == 0

@@ -6,6 +6,8 @@ import asyncio
 import gc
 import json
 import pickle
+import re
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -73,6 +75,35 @@ def told_by_peft(service: Service, weights: dict[int, float], *, stack: Adapter 
         input_ids=torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, eos_token_id=102, pad_token_id=0
     )
     return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+def peft_file(service: Service, *, seed: int = 5, rank: int = 1, spoil=lambda tensors: None) -> bytes:
+    """A random adapter as PEFT writes it, spoiled or not."""
+    model = AutoModelForCausalLM.from_pretrained(service.folder / "model")
+    draw = torch.Generator().manual_seed(seed)
+    sides = {}
+    for module in target_modules(model, "qv"):
+        layer = model.get_submodule(module)
+        sides[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=draw)
+        sides[f"base_model.model.{module}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=draw)
+    spoil(sides)
+    return safetensors.torch.save({name: side.bfloat16().contiguous() for name, side in sides.items()})
+
+
+def train_stack(service: Service, user: str) -> int:
+    """The version of the user's stack, once it is trained."""
+    with service.http() as http:
+        asked = http.post(f"/v1/users/{user}/stack")
+        assert (asked.status_code, asked.json()["object"]) == (202, "user.stack")
+        until(lambda: http.get(f"/v1/users/{user}").json()["stack_status"] == "ready")
+        return http.get(f"/v1/users/{user}").json()["stack_version"]
+
+
+def stacks_held() -> int:
+    """On the one replica's device."""
+    from ray import serve
+
+    return serve.get_deployment_handle("Model", "mta").stack_slots.remote().result().held
 
 
 # ---- laws
@@ -170,9 +201,7 @@ def test_a_stack_is_trained_behind_the_answer_and_then_used(service: Service) ->
         before = say(service, "cid")
         assert http.post("/v1/users/no-one/stack").status_code == 404
         assert http.get("/v1/users/cid").json()["stack_status"] == "none"
-        asked = http.post("/v1/users/cid/stack")
-        assert (asked.status_code, asked.json()["object"]) == (202, "user.stack")
-        until(lambda: http.get("/v1/users/cid").json()["stack_status"] == "ready")
+        train_stack(service, "cid")
         after = say(service, "cid")
     stack = service.users().read_stack(UserId(tenant="acme", id="cid"))
     adapter = from_bytes(stack.tensors, stack.scale)
@@ -181,18 +210,6 @@ def test_a_stack_is_trained_behind_the_answer_and_then_used(service: Service) ->
 
 
 def test_an_adapter_from_elsewhere_becomes_the_users_stack_or_is_refused(service: Service) -> None:
-    model = AutoModelForCausalLM.from_pretrained(service.folder / "model")
-    draw = torch.Generator().manual_seed(5)
-
-    def peft_file(rank: int = 1, spoil=lambda tensors: None) -> bytes:
-        sides = {}
-        for module in target_modules(model, "qv"):
-            layer = model.get_submodule(module)
-            sides[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=draw)
-            sides[f"base_model.model.{module}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=draw)
-        spoil(sides)
-        return safetensors.torch.save({name: side.bfloat16().contiguous() for name, side in sides.items()})
-
     def nan(sides: dict[str, torch.Tensor]) -> None:
         next(iter(sides.values()))[0, 0] = torch.nan
 
@@ -216,9 +233,10 @@ def test_an_adapter_from_elsewhere_becomes_the_users_stack_or_is_refused(service
         name = next(iter(sides))
         sides[name] = sides[name][:, :-1]
 
-    good = peft_file()
+    good = peft_file(service)
     bad = [b"", b"not safetensors", pickle.dumps({"lora": 1}), good[:-1], good[:100]]
-    bad += [peft_file(rank=2), *(peft_file(spoil=spoil) for spoil in (nan, huge, half, narrow, dora, dict.clear))]
+    bad += [peft_file(service, spoil=spoil) for spoil in (nan, huge, half, narrow, dora, dict.clear)]
+    bad += [peft_file(service, rank=2)]
     bad += [odd(kind, [1, 4], 4) for kind in ("F8_E5M2", "F8_E4M3", "F8_E8M0", "I8", "BOOL")]
     bad += [odd("F4", [1, 4], 2), odd("F32", [0, 2**63], 0), odd("F32", [2**40, 0, 2**40, 2**40], 0)]
     with service.http() as http:
@@ -237,6 +255,11 @@ def test_an_adapter_from_elsewhere_becomes_the_users_stack_or_is_refused(service
         view = http.put(f"/v1/users/eve/stack?alpha=3&base_fingerprint={fingerprint}", content=good).json()
         assert view["stack_version"] and view["stack_bytes"] > 0
         after = say(service, "eve")
+        other = peft_file(service, seed=6)  # under the same name, where the first one lies on the device
+        assert http.put("/v1/users/eve/stack?alpha=3", content=other).json()["stack_version"] > view["stack_version"]
+        assert say(service, "eve") == told_by_peft(
+            service, weights_of(service, FILMS["bob"]), stack=peft_from_bytes(other, rank=1, alpha=3.0)
+        )
     stack = peft_from_bytes(good, rank=1, alpha=3.0)
     assert stack.scale == 3.0
     assert after == told_by_peft(service, weights_of(service, FILMS["bob"]), stack=stack) != before
@@ -263,7 +286,8 @@ def test_a_full_queue_is_told_at_once(service: Service) -> None:
     assert {status for status, _, _ in told} == {200, 503}
     refused = [(took_s, headers) for status, took_s, headers in told if status == 503]
     assert all(headers["retry-after"] == "1" for _, headers in refused)
-    assert max(took_s for took_s, _ in refused) < max(took_s for status, took_s, _ in told if status == 200)
+    first_s = min(took_s for status, took_s, _ in told if status == 200)
+    assert statistics.median(took_s for took_s, _ in refused) < first_s
     assert sum(status == 200 for status, _, _ in told) >= 6
 
 
@@ -391,10 +415,13 @@ def test_an_answer_goes_on_where_its_replica_was_killed(service: Service) -> Non
 
 def test_another_bank_is_taken_without_a_failed_request(service: Service) -> None:
     old = Banks(open_database(DatabaseConfig(url=service.store))).state().active_version
-    make_bank(service.folder / "bank-2", str(service.folder / "model"), seed=2, anchors=ANCHORS)
+    bank = make_bank(service.folder / "bank-2", str(service.folder / "model"), seed=2, anchors=ANCHORS)
+    second = replace(service, bank=bank)
     body = {"model": "mta", "user": "ann", "max_tokens": 4, "messages": [{"role": "user", "content": QUESTION}]}
     seen = []
     with service.http() as http:
+        assert put(http, "cid", FILMS["cid"], mode="replace").status_code == 200
+        version = train_stack(service, "cid")
 
         def ask() -> bool:
             answer = http.post("/v1/chat/completions", json=body)
@@ -406,7 +433,13 @@ def test_another_bank_is_taken_without_a_failed_request(service: Service) -> Non
         settings = {"base": str(service.base), "store": service.store, "tenant": "acme"}
         publish_bank(PublishBankConfig(bank=str(service.folder / "bank-2"), version="second", **settings))
         until(ask)
-        assert say(service, "ann") != told_by_peft(service, weights_of(service, FILMS["ann"]))
+        assert say(service, "ann") == told_by_peft(second, weights_of(second, FILMS["ann"]))
+        bare = told_by_peft(second, weights_of(second, FILMS["cid"]))
+        assert say(service, "cid") == bare  # a stack is of the bank that it was trained on; asking has it trained anew
+        until(lambda: http.get("/v1/users/cid").json()["stack_version"] != version)
+        stack = service.users().read_stack(UserId(tenant="acme", id="cid"))
+        adapter = from_bytes(stack.tensors, stack.scale)
+        assert say(service, "cid") == told_by_peft(second, weights_of(second, FILMS["cid"]), stack=adapter) != bare
         publish_bank(PublishBankConfig(bank=str(service.folder / "bank"), version=old, **settings))
         until(lambda: not ask())
     assert set(seen) == {old, "second"}
@@ -417,7 +450,11 @@ def test_a_deleted_user_is_gone_and_a_deleted_anchor_serves_nobody(service: Serv
     with service.http() as http:
         put(http, "dan", FILMS["bob"])
         assert say(service, "dan") == say(service, "bob")
+        assert http.put("/v1/users/dan/stack", content=peft_file(service)).status_code == 200
+        before = stacks_held()
+        assert say(service, "dan") != say(service, "bob") and stacks_held() == before + 1
         assert http.delete("/v1/users/dan").json()["was_anchor"] is False
+        assert stacks_held() == before
         assert http.get("/v1/users/dan").status_code == 404
         assert http.delete("/v1/users/dan").status_code == 404
         assert say(service, "dan") == say(service, "nobody-yet")
@@ -434,15 +471,24 @@ def test_a_deleted_user_is_gone_and_a_deleted_anchor_serves_nobody(service: Serv
 
 def test_prometheus_is_told(service: Service) -> None:
     [node] = ray.nodes()
-    wanted = ["time_to_first_token_ms_count", "time_per_output_token_ms_count", "personalise_ms_count"]
-    wanted += ["answer_tokens_total", "stack_misses_total", "waiting_requests", "batch_requests", "batch_users"]
-    say(service, "cid")
 
-    def are_there() -> bool:
+    def figures() -> dict[str, float]:
         told = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", trust_env=False).text
-        return all(f"ray_mta_{name}{{" in told for name in wanted)
+        found: dict[str, float] = {}
+        for name, value in re.findall(r"^ray_mta_(\w+)\{.*\} (\S+)$", told, re.MULTILINE):
+            found[name] = found.get(name, 0) + float(value)
+        return found
 
-    until(are_there)
+    before = figures()
+    with service.http() as http:
+        put(http, "meg", FILMS["bob"])
+        assert http.put("/v1/users/meg/stack", content=peft_file(service)).status_code == 200
+    for _ in range(2):
+        say(service, "meg")
+    wanted = {"time_to_first_token_ms_count": 2, "time_per_output_token_ms_count": 2, "personalise_ms_count": 2}
+    wanted |= {"answer_tokens_total": 24, "prompt_tokens_total": 12, "stack_misses_total": 1, "stack_hits_total": 1}
+    until(lambda: all(figures().get(name, 0) - before.get(name, 0) >= least for name, least in wanted.items()))
+    assert {"waiting_requests", "batch_requests", "batch_users"} <= set(figures())
 
 
 def test_no_log_holds_a_key_a_prompt_or_a_history(service: Service) -> None:
@@ -462,5 +508,5 @@ def test_no_log_holds_a_key_a_prompt_or_a_history(service: Service) -> None:
             text = file.read_bytes()
             read += len(text)
             assert SECRET.encode() not in text, file
-            assert not any(key.rsplit("_", 1)[1].encode() in text for key in service.keys.values()), file
+            assert not any(key.split("_", 2)[2].encode() in text for key in service.keys.values()), file
     assert read > 1000

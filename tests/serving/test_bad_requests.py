@@ -451,7 +451,7 @@ def test_bad_requests_are_refused_and_leave_nothing_behind(service: Service) -> 
     # 2. nothing is held, and nothing has changed
     def is_idle() -> bool:
         stats = model.engine_stats.remote().result()
-        return stats.running + stats.waiting + stats.cached_tokens + model.stacks_in_use.remote().result() == 0
+        return stats.running + stats.waiting + stats.cached_tokens + model.stack_slots.remote().result().pinned == 0
 
     until(is_idle, ANSWERED_WITHIN_S)
     assert say(service, MARKED) == before

@@ -21,6 +21,7 @@ def request(
     key: str = "",
     host: str | None = "localhost:8000",
     origin: str | None = None,
+    more: dict[str, str] | None = None,
     chunks: Sequence[bytes] = (),
 ) -> Request:
     left = list(chunks)
@@ -28,7 +29,7 @@ def request(
     async def receive() -> dict:
         return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
 
-    told = {"authorization": f"Bearer {key}" if key else None, "host": host, "origin": origin}
+    told = {"authorization": f"Bearer {key}" if key else None, "host": host, "origin": origin, **(more or {})}
     headers = [(name.encode(), value.encode()) for name, value in told.items() if value is not None]
     scope = {"type": "http", "client": client and (client, 1), "headers": headers}
     return Request(scope, receive)
@@ -71,6 +72,11 @@ def test_without_keys_neither_a_proxy_nor_a_web_page_of_elsewhere_comes_in(keys:
     for origin in ("https://example.com", "null", "", "http://localhost.example.com", "http://[::1"):
         with pytest.raises(BadRequest) as refused:
             asyncio.run(door.tenant(request("127.0.0.1", origin=origin)))
+        assert refused.value.status == 403
+
+    for header in ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip"):
+        with pytest.raises(BadRequest) as refused:
+            asyncio.run(door.tenant(request("127.0.0.1", more={header: "127.0.0.1"})))
         assert refused.value.status == 403
 
     key = keys.make("acme")

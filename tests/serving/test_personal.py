@@ -16,7 +16,7 @@ from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.serving.banks import Banks, NewBank
 from mta_ray.serving.database import Database, DatabaseConfig, open_database
 from mta_ray.serving.identity import UserId
-from mta_ray.serving.personal import Personaliser
+from mta_ray.serving.personal import OtherEncoder, Personaliser
 from mta_ray.serving.schema import FREE_TEXT
 from mta_ray.serving.served_bank import ServedBank
 from mta_ray.serving.user_store import Conflict, UserStore
@@ -151,6 +151,8 @@ def test_another_encoder_reads_the_whole_history_again(make: Callable[..., Perso
     old = make()
     write(old, "red")
     new = make("2", encoder="other words")
+    with pytest.raises(OtherEncoder):  # a question's thread does not stop for it
+        new.model_of(USER, encodes=False)
     assert set(weights(new)) == {0, 1}  # a question is enough
     assert new.store.read(USER).item_sum.encoder == "other words"
     newest = make("3", encoder="yet others")

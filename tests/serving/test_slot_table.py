@@ -115,6 +115,13 @@ def test_the_oldest_goes_and_never_one_in_use():
     assert first.slot != third.slot
 
 
+def test_an_old_version_is_never_taken_for_the_new():
+    table = SlotTable(4)
+    old = table.acquire(key("u"))
+    new = table.acquire(key("u", version=2))
+    assert new.is_new and new.slot != old.slot and key("u") != key("u", version=2)
+
+
 def test_a_new_version_takes_the_place_of_the_old():
     table = SlotTable(2)
     table.release(table.acquire(key("b")).slot)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
 
 from mta_ray.lamp.tasks import task_named
+from mta_ray.lamp.users import HistoryItem
+from mta_ray.model.batches import collate, row_losses
 from mta_ray.personalize.base_model import PromptConfig, Wording
 from mta_ray.serving.exchange import Turn
-from mta_ray.serving.schema import BadRequest
+from mta_ray.serving.schema import FREE_TEXT, BadRequest
 from mta_ray.serving.wording import Prompts
 
 TEMPLATE = (
@@ -30,6 +37,31 @@ def test_a_chat_reads_as_its_template_says(prompts: Prompts) -> None:
     ids = prompts.of_chat([Turn(role="user", text="one"), Turn(role="assistant", text="two")], (), 4)
     wanted = prompts.backbone.tokenizer("user one assistant two", add_special_tokens=False)["input_ids"]
     assert list(ids) == wanted
+
+
+def test_free_texts_are_learnt_though_nothing_opens_them(tiny_model) -> None:  # noqa: ANN001
+    """As with tokenizers that set no token before a text (GPT-2, Qwen): the first token stands after none."""
+    backbone = tiny_model()
+    plain = replace(backbone, tokenizer=copy.deepcopy(backbone.tokenizer))
+    plain.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    assert plain.tokenizer("")["input_ids"] == []
+    prompts = Prompts(
+        backbone=plain,
+        wording=Wording(task=task_named("movie_tagging"), labels=(), prompts=PromptConfig()),
+        chat="task",
+        max_tokens=64,
+    )
+    texts = ["robots rise", "a much longer text of quite a few words", ""]
+    lessons = prompts.lessons(
+        [HistoryItem(id=str(n), content=text, target="") for n, text in enumerate(texts)], FREE_TEXT
+    )
+    assert len(lessons) == 2
+    with torch.no_grad():
+        losses = row_losses(backbone.model, collate(plain, lessons))
+        for lesson, loss in zip(lessons, losses, strict=True):
+            ids = torch.tensor([lesson.ids])
+            told = torch.log_softmax(backbone.model(input_ids=ids).logits[0, :-1].float(), dim=-1)
+            assert float(loss) == pytest.approx(-float(told.gather(1, ids[0, 1:, None]).sum()), rel=1e-4)
 
 
 def test_messages_that_the_template_refuses_are_the_clients_fault(prompts: Prompts) -> None:
