@@ -351,6 +351,9 @@ def _is_entry(entry: Any) -> bool:
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+        for name in manifest["files"]:  # whoever may read the manifest may read them: some libraries write 0600
+            (folder / name).chmod(mode)
         json.dump(manifest, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())

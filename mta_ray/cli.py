@@ -119,6 +119,8 @@ COMPARISON = (
     ),
 )
 """Which method is better, and how sure that is."""
+EXTRA_OF = {"faiss": "cpu", "psycopg": "postgres", "mlflow": "mlflow", "s3fs": "s3", "locust": "load"}
+"""The extra of pyproject.toml that brings a package."""
 WHOLE = ("run", "quickstart")
 """Stages that run all the others."""
 BANKS = (
@@ -372,7 +374,8 @@ def run_stage(stage: str | Stage, args: Sequence[str] | None = None, *, prog: st
 def message_of(error: BaseException) -> str:
     """What a person is told about an error, without a traceback."""
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("mta_ray"):
-        return f"the Python package {error.name!r} is not installed; install mta-ray with its extras, mta-ray[cpu]"
+        extra = EXTRA_OF.get((error.name or "").partition(".")[0], "cpu")
+        return f"the Python package {error.name!r} is not installed; install mta-ray with its extra, mta-ray[{extra}]"
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         is_systems = error.strerror == os.strerror(errno.ENOSPC)  # ours say what to do themselves

@@ -6,7 +6,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from mta_ray.artifacts import open_artifact
-from mta_ray.bank_commands.keep import open_existing
 from mta_ray.bank_commands.place import BankPlace
 from mta_ray.lora.adapter import Adapter, from_bytes
 from mta_ray.lora.bank import Bank, load_bank
@@ -18,6 +17,7 @@ from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import fused_adapter
 from mta_ray.pipeline.adapt_users import KIND, read_states
 from mta_ray.serving.banks import Banks
+from mta_ray.serving.database import DatabaseConfig, open_existing
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.served_bank import ServedBank
 from mta_ray.serving.user_state import ANY_BANK, UserStack
@@ -122,7 +122,7 @@ def _of_database(config: ExportConfig, path: str, bank: Bank, notes: list[str]) 
     assert config.database is not None and config.user is not None
     user = UserId(tenant=config.tenant, id=config.user)
     digest = open_artifact(path, kind="bank", verify=False).hash
-    with closing(open_existing(config.database)) as database:
+    with closing(open_existing(DatabaseConfig(url=config.database))) as database:
         served = _served(Banks(database), bank, digest, config.fusion)
         store = UserStore(database)
         try:

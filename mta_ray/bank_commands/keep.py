@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-
-import sqlalchemy as sa
 
 from mta_ray.bank_commands.place import BankPlace
 from mta_ray.lora.bank_check import problems_of
 from mta_ray.lora.bank_store import BankStore
 from mta_ray.object_store import told
 from mta_ray.serving.banks import Banks
-from mta_ray.serving.database import Database, DatabaseConfig, open_database
+from mta_ray.serving.database import DatabaseConfig, open_existing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +69,7 @@ def prune_banks(config: PruneBanksConfig) -> str:
     store = BankStore(config.store)
     published: set[str] = set()
     if config.database is not None:
-        with closing(open_existing(config.database)) as database:
+        with closing(open_existing(DatabaseConfig(url=config.database))) as database:
             banks = Banks(database)
             published = {banks.get(version).bank.hash for version in banks.versions()}
     leaving = store.to_prune(config.keep, published=published)
@@ -84,11 +81,3 @@ def prune_banks(config: PruneBanksConfig) -> str:
     size_mib = sum(one.manifest.bytes for one in leaving) / 2**20
     lines = [f"{one.version}  {one.manifest.created_at}  {verb}" for one in leaving]
     return "\n".join([*lines, f"{len(leaving)} versions {verb}, {size_mib:,.1f} MiB"])
-
-
-def open_existing(url: str) -> Database:
-    """The service's database, which a mistyped path must not make anew. Raises ValueError where there is none."""
-    file = url if "://" not in url else (sa.make_url(url).database or "") if url.startswith("sqlite") else None
-    if file is not None and not Path(file).expanduser().is_file():
-        raise ValueError(f"no database is at {file}; give the --store that the service was started with")
-    return open_database(DatabaseConfig(url=url))

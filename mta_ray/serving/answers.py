@@ -208,6 +208,8 @@ class UserView(BaseModel):
     stack_version: int | None = None
     stack_bytes: int
     stack_status: StackStatus
+    stack_failure: str | None = None
+    """Why the last try to train it failed."""
     created_at: int
     updated_at: int
 
@@ -229,7 +231,9 @@ class UserDeleted(BaseModel):
     was_anchor: bool
 
 
-def user_view(state: UserState, *, slots: Mapping[UserId, int], active_bank: str | None, job: Status) -> UserView:
+def user_view(
+    state: UserState, *, slots: Mapping[UserId, int], active_bank: str | None, job: Status, failure: str | None = None
+) -> UserView:
     """A user as its own tenant may see it; `slots` are those in service of its route's bank, `job` its stack's."""
     route = state.route
     anchors = [
@@ -252,6 +256,7 @@ def user_view(state: UserState, *, slots: Mapping[UserId, int], active_bank: str
         stack_version=state.stack_version,
         stack_bytes=state.stack_bytes,
         stack_status="ready" if job == "none" and state.stack_version is not None else job,
+        stack_failure=failure,
         created_at=int(state.created_at_s),
         updated_at=int(state.updated_at_s),
     )

@@ -18,6 +18,8 @@ from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 from mta_ray.serving.migrations import migrate
 
 _WRITES = "mta_writes"
+CHECKPOINT_WAIT_MS = 500
+"""For readers, when the log is to be written back."""
 AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
 """What is raised where the database does not answer, or not in time, or cannot write: the same may succeed later."""
 
@@ -51,6 +53,9 @@ class Database:
     def __init__(self, engine: sa.Engine, clock: Callable[[], float]) -> None:
         self.engine = engine
         self.clock = clock
+        self._file = Path(str(engine.url.database)) if engine.dialect.name == "sqlite" else None
+        self._inode: int | None = None
+        self._owes_pages = False
         self._writing = engine.execution_options(**{_WRITES: True})
         # SQLite's connections begin nothing by themselves (see _open_sqlite); PostgreSQL is spared BEGIN and ROLLBACK
         self._reading = engine if self.is_sqlite else engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -93,11 +98,38 @@ class Database:
     def forget_pages(self) -> None:
         """After a deletion: write the log back, so that the file holds nothing of what is gone.
 
-        Readers at work make SQLite put it off to its next checkpoint. PostgreSQL's autovacuum does the like.
+        Where that cannot be done now (somebody reads, the disk is full), it is owed: see `forget_owed_pages`.
+        PostgreSQL's autovacuum does the like.
         """
-        if self.is_sqlite:
-            with self.reading() as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        if not self.is_sqlite:
+            return
+        self._owes_pages = True
+        with suppress(sa.exc.OperationalError), self.reading() as connection:
+            wait_ms = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {CHECKPOINT_WAIT_MS}")  # meanwhile nobody writes
+            try:
+                is_busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+            finally:
+                connection.exec_driver_sql(f"PRAGMA busy_timeout = {wait_ms}")
+            self._owes_pages = bool(is_busy)
+
+    def forget_owed_pages(self) -> None:
+        """Try again what a deletion could not do: to be called now and then."""
+        if self._owes_pages:
+            self.forget_pages()
+
+    def check_place(self) -> None:
+        """Raise ValueError where the SQLite file is gone, or another one lies in its place: what is written is lost."""
+        if self._file is None:
+            return
+        try:
+            inode = self._file.stat().st_ino
+        except FileNotFoundError:
+            raise ValueError(f"the database {self._file} is gone; put it back") from None
+        if self._inode is None:
+            self._inode = inode
+        if inode != self._inode:
+            raise ValueError(f"another file took the place of the database {self._file}")
 
     def close(self) -> None:
         """Give the connections back."""
@@ -112,10 +144,32 @@ def open_database(config: DatabaseConfig, *, clock: Callable[[], float] = time.t
     try:
         with database.writing() as connection:
             migrate(connection, clock())
+        database.check_place()
     except BaseException:
         engine.dispose()
         raise
     return database
+
+
+def open_existing(config: DatabaseConfig) -> Database:
+    """The database, which must be there: a mistyped path, or a lost file, is not made anew. Raises ValueError."""
+    if not is_there(config):
+        raise ValueError(
+            f"no database is at {_url(config.url).database}; give the one that the service was started with (mta "
+            "serve, mta keys make and mta bank publish begin a new one)"
+        )
+    return open_database(config)
+
+
+def is_there(config: DatabaseConfig) -> bool:
+    """False for a SQLite file that would have to be made."""
+    url = _url(config.url)
+    return url.get_backend_name() != "sqlite" or Path(str(url.database)).is_file()
+
+
+def is_file(url: str) -> bool:
+    """Whether it is the path of a SQLite file, rather than a URL."""
+    return "://" not in url
 
 
 def _url(text: str) -> sa.URL:

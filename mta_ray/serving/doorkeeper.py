@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
+from collections import Counter
 from urllib.parse import urlsplit
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from mta_ray.serving.keys import ApiKey, Bucket, InvalidKey, Keys, full_bucket, has_form, take
 from mta_ray.serving.schema import BadRequest, Limits
@@ -27,6 +29,7 @@ class Doorkeeper:
         self._has_keys = False
         self._look_again_s = 0.0
         self._buckets: dict[str, Bucket] = {}
+        self._uploads: Counter[str] = Counter()
 
     async def tenant(self, request: Request) -> str:
         """Whose users the request may name. Raises BadRequest: 401, 403 or 429."""
@@ -62,8 +65,30 @@ class Doorkeeper:
             error.retry_after_s = max(1, round(wait_s + 0.5))
             raise error
 
-    async def body(self, request: Request) -> bytes:
-        """The body, read no further than is allowed."""
+    async def body(self, request: Request, tenant: str) -> bytes:
+        """The body, read no further and no longer than is allowed, of so many of a tenant's requests at once.
+
+        Raises BadRequest: 408, 413 or 429.
+        """
+        if self._uploads[tenant] >= self._limits.uploads:
+            error = BadRequest("too many bodies are under way for this tenant", status=429, code="rate_limit_exceeded")
+            error.retry_after_s = 1
+            raise error
+        self._uploads[tenant] += 1
+        try:
+            async with asyncio.timeout(self._limits.upload_s):
+                return await self._read(request)
+        except TimeoutError:
+            message = f"the body did not come within {self._limits.upload_s:g} s"
+            raise BadRequest(message, status=408, code="timeout") from None
+        except ClientDisconnect:
+            raise BadRequest("the client is gone") from None
+        finally:
+            self._uploads[tenant] -= 1
+            if not self._uploads[tenant]:
+                del self._uploads[tenant]
+
+    async def _read(self, request: Request) -> bytes:
         body = bytearray()
         async for chunk in request.stream():
             body += chunk

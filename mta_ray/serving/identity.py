@@ -31,7 +31,7 @@ def check_name(name: str, what: str, chars_max: int) -> None:
     """Raise ValueError for a name that is empty, too long, or no text that every database and client can hold."""
     if not 0 < len(name) <= chars_max:
         raise ValueError(f"{what} has {len(name)} characters, wanted 1 to {chars_max}")
-    if "\0" in name:
-        raise ValueError(f"{what} holds a NUL character; leave it out")
+    if "\0" in name or "\n" in name:
+        raise ValueError(f"{what} holds a NUL character or a line break; leave it out")
     if any("\ud800" <= char <= "\udfff" for char in name):
         raise ValueError(f"{what} holds half a surrogate pair; send valid Unicode")

@@ -41,7 +41,7 @@ from mta_ray.serving.answers import (
 )
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks, UnknownBank
-from mta_ray.serving.database import AWAY, open_database
+from mta_ray.serving.database import AWAY, open_existing
 from mta_ray.serving.doorkeeper import Doorkeeper
 from mta_ray.serving.exchange import (
     CROWDED,
@@ -95,7 +95,7 @@ class Ingress:
     def __init__(self, args: ServingArgs, model: DeploymentHandle, stacker: DeploymentHandle) -> None:
         self.args, self.limits = args, args.limits
         self.model, self.stacker = model, stacker
-        database = open_database(args.database)
+        database = self.database = open_existing(args.database)
         self.store, self.banks = UserStore(database, args.history), Banks(database)
         self.queue = StackQueue(database, args.queue)
         self._door = Doorkeeper(Keys(database), args.limits, local_tenant=args.tenant)
@@ -117,6 +117,7 @@ class Ingress:
         add("/healthz", self.healthz, methods=["GET"], **openapi.HEALTHZ)
         add("/readyz", self.readyz, methods=["GET"], **openapi.READYZ)
         add("/v1/models", self.models, methods=["GET"], **openapi.MODELS)
+        add("/v1/models/{model:path}", self.one_model, methods=["GET"], **openapi.MODEL)
         add("/v1/chat/completions", self.chat, methods=["POST"], **openapi.CHAT)
         add("/v1/completions", self.completions, methods=["POST"], **openapi.COMPLETIONS)
         add("/v1/users/{user:path}/history", self.put_history, methods=["PUT"], **openapi.PUT_HISTORY)
@@ -129,8 +130,10 @@ class Ingress:
         return app
 
     async def check_health(self) -> None:
-        """Called by Ray Serve: users who wait for a stack after a restart are not forgotten."""
+        """Called by Ray Serve: users who wait for a stack after a restart are not forgotten, nor are deletions."""
+        await asyncio.to_thread(self.database.check_place)
         try:
+            await asyncio.to_thread(self.database.forget_owed_pages)
             await self._train_if_asked()
         except AWAY as error:  # a new ingress would not reach it either
             log.warning("the database does not answer: %s", type(error).__name__)
@@ -139,14 +142,14 @@ class Ingress:
 
     async def chat(self, request: Request) -> Response:
         tenant = await self._door.tenant(request)
-        body = parse(ChatRequest, await self._door.body(request), self.limits)
+        body = parse(ChatRequest, await self._door.body(request, tenant), self.limits)
         turns = tuple(Turn(role=message.role, text=message.text) for message in body.messages)
         voice = ChatVoice(id=f"chatcmpl-{secrets.token_hex(12)}", model=body.model, created=int(time.time()))
         return await self._answer(body, self._ask(body, tenant, turns=turns), voice)
 
     async def completions(self, request: Request) -> Response:
         tenant = await self._door.tenant(request)
-        body = parse(CompletionRequest, await self._door.body(request), self.limits)
+        body = parse(CompletionRequest, await self._door.body(request, tenant), self.limits)
         voice = CompletionVoice(id=f"cmpl-{secrets.token_hex(12)}", model=body.model, created=int(time.time()))
         return await self._answer(body, self._ask(body, tenant, text=body.text), voice)
 
@@ -154,11 +157,16 @@ class Ingress:
         await self._door.tenant(request)
         return await self._json(ModelList(data=[Model(id=self.args.model_name, created=self._started_s)]))
 
+    async def one_model(self, model: str, request: Request) -> Response:
+        await self._door.tenant(request)
+        self._check_model(model)
+        return await self._json(Model(id=self.args.model_name, created=self._started_s))
+
     # ---- users
 
     async def put_history(self, user: openapi.UserInPath, request: Request) -> Response:
         who = await self._who(user, request)
-        body = parse(HistoryRequest, await self._door.body(request), self.limits)
+        body = parse(HistoryRequest, await self._door.body(request, who.tenant), self.limits)
         new = NewHistory(
             user=who,
             items=tuple(body.history_items()),
@@ -185,6 +193,9 @@ class Ingress:
 
     async def ask_stack(self, user: openapi.UserInPath, request: Request) -> Response:
         who = await self._who(user, request)
+        state = await asyncio.to_thread(self.store.read, who)
+        if not state.items:
+            raise BadRequest("the user has no history to train on; put one first", param="user", code="no_history")
         await asyncio.to_thread(self.queue.enqueue, who)
         status = await asyncio.to_thread(self.queue.status, who)
         await self._train_if_asked()
@@ -194,7 +205,7 @@ class Ingress:
         who = await self._who(user, request)
         new = NewStack(
             user=who,
-            tensors=await self._door.body(request),
+            tensors=await self._door.body(request, who.tenant),
             alpha=alpha_of(request.query_params.get("alpha")),
             base_fingerprint=request.query_params.get("base_fingerprint"),
         )
@@ -229,9 +240,7 @@ class Ingress:
         turns: tuple[Turn, ...] = (),
         text: str | None = None,
     ) -> Ask:
-        if body.model != self.args.model_name:
-            message = f"there is no model of this name; this one is called {self.args.model_name}"
-            raise BadRequest(message, status=404, param="model", code="model_not_found")
+        self._check_model(body.model)
         given = None if _tokens_wanted(body) is None else body.tokens_allowed(self.limits)
         return Ask(
             user=None if body.user is None else UserId(tenant=tenant, id=body.user),
@@ -246,6 +255,11 @@ class Ingress:
             ),
             stops=body.stops,
         )
+
+    def _check_model(self, name: str) -> None:
+        if name != self.args.model_name:
+            message = f"there is no model of this name; this one is called {self.args.model_name}"
+            raise BadRequest(message, status=404, param="model", code="model_not_found")
 
     async def _answer(self, body: ChatRequest | CompletionRequest, ask: Ask, voice: Voice) -> Response:
         events = self._events(ask)
@@ -373,7 +387,8 @@ class Ingress:
                 if state.route is not None:
                     bank = self.banks.get(state.route.bank_version)
                     slots = {a: s for s, a in enumerate(bank.bank.anchors) if s not in bank.retired_slots}
-            return user_view(state, slots=slots, active_bank=active, job=self.queue.status(state.user))
+            job, failure = self.queue.status(state.user), self.queue.failure(state.user)
+            return user_view(state, slots=slots, active_bank=active, job=job, failure=failure)
 
         return await self._json(await asyncio.to_thread(build))
 
@@ -401,11 +416,14 @@ class Ingress:
 
 
 def _check_escapes(request: Request) -> None:
-    """Percent escapes that are no UTF-8 reach us as U+FFFD: one user where the client has several."""
+    """Percent escapes that are no UTF-8 reach us as U+FFFD: one user where the client has several. A line break at the
+    end of a path is lost in Starlette's routes: bob's would be bob."""
     try:
-        unquote_to_bytes(request.scope.get("raw_path", b"")).decode()
+        path = unquote_to_bytes(request.scope.get("raw_path", b"")).decode()
     except UnicodeDecodeError:
         raise BadRequest("user: the percent escapes are no UTF-8", param="user") from None
+    if "\n" in path:
+        raise BadRequest("user: the path holds a line break", param="user")
 
 
 def _allowed(request: Request) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import re
 import secrets
+import sys
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from mta_ray.console import table
-from mta_ray.serving.database import Database, DatabaseConfig, open_database
+from mta_ray.serving.database import Database, DatabaseConfig, is_there, open_database, open_existing
 from mta_ray.serving.identity import TENANT_CHARS_MAX, check_name
 from mta_ray.serving.tables import keys
 
@@ -178,13 +179,15 @@ class RevokeKeyConfig:
 
 def make_key(config: MakeKeyConfig) -> str:
     """The new key. It is not shown again."""
+    if not is_there(config.database):
+        print(f"a new database: {config.database.url}", file=sys.stderr)
     with closing(open_database(config.database)) as database:
         return Keys(database).make(config.tenant, label=config.label, requests_per_minute=config.requests_per_minute)
 
 
 def list_keys(config: ListKeysConfig) -> str:
     """One line a key: id, tenant, limit, day, state and label."""
-    with closing(open_database(config.database)) as database:
+    with closing(open_existing(config.database)) as database:
         found = Keys(database).list(config.tenant)
     rows = [("key id", "tenant", "per minute", "made", "state", "label")]
     for key in found:
@@ -198,7 +201,7 @@ def revoke_key(config: RevokeKeyConfig) -> str:
     """The id of the key that opens nothing any more."""
     match = _KEY.fullmatch(config.key_id)
     key_id = match[1] if match else config.key_id
-    with closing(open_database(config.database)) as database:
+    with closing(open_existing(config.database)) as database:
         Keys(database).revoke(key_id)
     return f"{key_id} is revoked"
 

@@ -7,11 +7,13 @@ import logging
 import os
 import shlex
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 
+import ray
 from ray import serve
 
 from mta_ray.artifacts import located
@@ -20,7 +22,7 @@ from mta_ray.personalize.base_model import open_base
 from mta_ray.serving.app import build_app
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks
-from mta_ray.serving.database import STORE, Database, DatabaseConfig, open_database
+from mta_ray.serving.database import STORE, Database, DatabaseConfig, is_file, is_there, open_database
 from mta_ray.serving.keys import Keys
 from mta_ray.serving.served_bank import describe
 
@@ -80,7 +82,7 @@ class PublishBankConfig:
 def serve_here(config: ServeConfig) -> str:
     """Serve until Ctrl-C; prints where, and how to ask."""
     # 1. what would go wrong later is told now
-    config = located(config, "base", "bank", "store") if _is_file(config.store) else located(config, "base", "bank")
+    config = located(config, "base", "bank", "store") if is_file(config.store) else located(config, "base", "bank")
     fingerprint = open_base(config.base).fingerprint
     with closing(open_database(config.database)) as database:
         has_keys = Keys(database).are_configured()
@@ -104,6 +106,8 @@ def serve_here(config: ServeConfig) -> str:
         try:
             start(config, config.host, port)
             print(_welcome(config, port, has_keys), flush=True)
+            nodes = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in ray.nodes() if node["Alive"]]
+            print("\n".join(f"metrics: http://{address}:{at}/metrics" for address, at in nodes), flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             log.info("ending, after the answers under way")
@@ -134,7 +138,10 @@ def publish_bank(config: PublishBankConfig) -> str:
     """Put a bank in force. Replicas load it beside the old one, and change between two requests."""
     config = located(config, "bank", "base")
     fingerprint = open_base(config.base).fingerprint
-    with closing(open_database(DatabaseConfig(url=config.store))) as database:
+    place = DatabaseConfig(url=config.store)
+    if not is_there(place):
+        print(f"a new database: {config.store}", file=sys.stderr)
+    with closing(open_database(place)) as database:
         banks = Banks(database)
         new = describe(config.bank, base_fingerprint=fingerprint, tenant=config.tenant, version=config.version)
         banks.publish(new)
@@ -191,10 +198,6 @@ def _welcome(config: ServeConfig, port: int, has_keys: bool) -> str:
         f"serving at {url} ({who}); Ctrl-C ends it\n"
         f"curl {url}/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
-
-
-def _is_file(store: str) -> bool:
-    return "://" not in store
 
 
 def _is_free(host: str, port: int) -> bool:

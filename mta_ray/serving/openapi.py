@@ -19,6 +19,7 @@ from mta_ray.serving.answers import (
     Completion,
     ErrorAnswer,
     Health,
+    Model,
     ModelList,
     StackAccepted,
     UserDeleted,
@@ -40,6 +41,7 @@ ERRORS = {
     403: "No API key is configured, and the request comes from another machine.",
     404: "There is no such user, or no such model.",
     409: "The history is not what it was: not of `expected_version`, or changed meanwhile.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     429: "Too many requests for this key.",
     503: "There is no room now; send the request again.",
@@ -120,34 +122,42 @@ CHAT = _described(
     ChatCompletion,
     body=ChatRequest,
     chunk=ChatCompletionChunk,
-    errors=(*AT_THE_DOOR, 400, 404, 413, 503),
+    errors=(*AT_THE_DOOR, 400, 404, 408, 413, 503),
 )
 COMPLETIONS = _described(
     "Continue a text as the user's own model",
     Completion,
     body=CompletionRequest,
     chunk=Completion,
-    errors=(*AT_THE_DOOR, 400, 404, 413, 503),
+    errors=(*AT_THE_DOOR, 400, 404, 408, 413, 503),
 )
-MODELS = _described("List the one model that is served", ModelList)
+MODELS = _described("List the one model that is served", ModelList, errors=(*AT_THE_DOOR, 503))
+MODEL = _described("Tell of the model by its name", Model, errors=(*AT_THE_DOOR, 404, 503))
 PUT_HISTORY = _described(
     "Append to a user's history, or replace it",
     UserView,
     body=HistoryRequest,
-    errors=(*AT_THE_DOOR, 400, 409, 413, 503),
+    errors=(*AT_THE_DOOR, 400, 408, 409, 413, 503),
 )
-ASK_STACK = _described("Have a user's own LoRA trained", StackAccepted, status=202, errors=(*AT_THE_DOOR, 400, 404))
+ASK_STACK = _described(
+    "Have a user's own LoRA trained", StackAccepted, status=202, errors=(*AT_THE_DOOR, 400, 404, 503)
+)
 PUT_STACK = _described(
     "Put an adapter from elsewhere in the place of a user's own LoRA",
     UserView,
     file="PEFT's adapter_model.safetensors, of the rank that is served.",
     query={
-        "alpha": {"type": "number", "exclusiveMinimum": 0, "maximum": ALPHA_MAX},
+        "alpha": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "maximum": ALPHA_MAX,
+            "description": "lora_alpha of its adapter_config.json; left out: that of the stacks trained here.",
+        },
         "base_fingerprint": {"type": "string", "description": "Of the base that it was trained on."},
     },
-    errors=(*AT_THE_DOOR, 400, 404, 409, 413, 503),
+    errors=(*AT_THE_DOOR, 400, 404, 408, 409, 413, 503),
 )
-READ_USER = _described("Tell what a user's model is made of", UserView, errors=(*AT_THE_DOOR, 400, 404))
-DELETE_USER = _described("Delete a user, and everything kept of it", UserDeleted, errors=(*AT_THE_DOOR, 400, 404))
+READ_USER = _described("Tell what a user's model is made of", UserView, errors=(*AT_THE_DOOR, 400, 404, 503))
+DELETE_USER = _described("Delete a user, and everything kept of it", UserDeleted, errors=(*AT_THE_DOOR, 400, 404, 503))
 HEALTHZ = _described("Tell that the service lives", Health, errors=())
 READYZ = _described("Tell whether questions are answered", Health, errors=(503,))

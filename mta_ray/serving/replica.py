@@ -28,7 +28,7 @@ from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import BANK
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks, PublishedBank
-from mta_ray.serving.database import AWAY, open_database
+from mta_ray.serving.database import AWAY, open_existing
 from mta_ray.serving.exchange import (
     CROWDED,
     NO_DATABASE,
@@ -93,7 +93,7 @@ class Replica:
     def __init__(self, args: ServingArgs) -> None:
         torch.set_num_threads(args.threads)
         self.args = args
-        database = open_database(args.database)
+        database = open_existing(args.database)
         self.store = UserStore(database, args.history)
         self.queue = StackQueue(database, args.queue)
         base = open_base(args.base)
@@ -267,6 +267,7 @@ class Replica:
         run = self._run
         if self._is_open.is_set() and not run.engine.is_alive:
             raise RuntimeError("the engine's thread has ended")
+        self.store.database.check_place()
         if self._change is not None and self._change.done() and self._change.exception() is not None:
             raise RuntimeError("the bank could not be changed") from self._change.exception()
         try:
@@ -330,12 +331,12 @@ class Replica:
         history = self.personaliser.history(ask.user) if ask.user and prompts.needs_history else ()
         with self._tokenising:
             if ask.text is not None:
-                ids = prompts.of_text(ask.text, new_tokens)
+                ids = prompts.of_text(ask.text, ask.max_tokens or 1)
             else:
-                ids = prompts.of_chat(ask.turns, history, new_tokens)
+                ids = prompts.of_chat(ask.turns, history, new_tokens, least=ask.max_tokens or 1)
         request = Request(
             prompt=ids,
-            max_new_tokens=new_tokens,
+            max_new_tokens=min(new_tokens, prompts.max_tokens - len(ids)),
             routes={} if personal.route is None else {BANK: personal.route},
             sampling=ask.sampling,
             stop_ids=frozenset({prompts.backbone.end_id}),

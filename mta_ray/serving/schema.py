@@ -35,6 +35,10 @@ class Limits:
 
     body_mib: float = 4.0
     """The whole request."""
+    upload_s: float = 30.0
+    """Within which its body has to come."""
+    uploads: int = 128
+    """Of one tenant at once, in each ingress process: bodies that have not come whole yet."""
     prompt_chars: int = 200_000
     """All messages together; the model's own limit, in tokens, is checked where there is a tokenizer."""
     messages: int = 1000
@@ -91,7 +95,10 @@ def parse(kind: type[RequestT], body: bytes, limits: Limits) -> RequestT:
         first = error.errors(include_url=False, include_input=False)[0]
         param = _param(first["loc"])
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown field {str(first['loc'][-1])[:64]!r}; known are {', '.join(kind.model_fields)}"
         code = "invalid_json" if first["type"] == "json_invalid" else "missing" if first["type"] == "missing" else None
+        code = "unknown_field" if first["type"] == "extra_forbidden" else code
         raise BadRequest(f"{param}: {message}" if param else message, param=param, code=code) from None
 
 
@@ -138,6 +145,9 @@ class _Generation(Request):
     stream: bool | None = Field(default=None, examples=[False, True])
     stream_options: StreamOptions | None = None
     n: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
 
     @field_validator("user")
     @classmethod
@@ -176,7 +186,10 @@ class _Generation(Request):
             raise ValueError("needs stream: true")
         return value
 
-    @field_validator("tools", "functions", "echo", "suffix", check_fields=False)
+    @field_validator(
+        *("tools", "functions", "echo", "suffix", "frequency_penalty", "presence_penalty", "logit_bias"),
+        check_fields=False,
+    )
     @classmethod
     def _not_served(cls, value: Any) -> Any:
         if value:
@@ -332,7 +345,9 @@ class ItemBody(Request):
 
 
 class HistoryRequest(Request):
-    """PUT /v1/users/{id}/history."""
+    """PUT /v1/users/{id}/history. An unknown field is refused: a misspelt `expected_version` would protect nothing."""
+
+    model_config = ConfigDict(extra="forbid")
 
     task: str = FREE_TEXT
     items: list[ItemBody | str] = Field(examples=[["what the user wrote", {"text": "and more", "date": "2024-01-31"}]])

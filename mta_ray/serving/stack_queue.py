@@ -147,6 +147,12 @@ class StackQueue:
             return "failed"
         return "training" if row.lease and row.ready_at_s > self.database.clock() else "waiting"
 
+    def failure(self, user: UserId) -> str | None:
+        """Why the user's last try was given up or waits again; none where there is nothing to tell."""
+        query = sa.select(stack_jobs.c.failure).where(_is(stack_jobs, user))
+        with self.database.reading() as connection:
+            return connection.execute(query).scalar()
+
     def waiting(self) -> int:
         """How many jobs could be claimed now: what the trainers' number is scaled by."""
         query = (

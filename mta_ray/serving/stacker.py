@@ -23,7 +23,7 @@ from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import BANK, stack_users
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks
-from mta_ray.serving.database import open_database
+from mta_ray.serving.database import open_existing
 from mta_ray.serving.personal import Personal, open_personaliser
 from mta_ray.serving.served_bank import ServedBank, load_served
 from mta_ray.serving.stack_queue import LeaseLost, StackJob, StackQueue
@@ -52,7 +52,7 @@ class Stacker:
         os.nice(10)  # answers go first
         torch.set_num_threads(args.threads)
         self.args = args
-        database = open_database(args.database)
+        database = open_existing(args.database)
         self.store, self.queue = UserStore(database, args.history), StackQueue(database, args.queue)
         base = open_base(args.base)
         self._fingerprint = base.fingerprint

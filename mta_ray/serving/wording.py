@@ -38,15 +38,19 @@ class Prompts:
         return self.chat == "task" and self.wording.prompts.context_items > 0
 
     def of_text(self, text: str, max_new_tokens: int) -> tuple[int, ...]:
-        """A text to go on with, as it is."""
+        """A text to go on with, as it is. Raises BadRequest where no room is left for so many new tokens."""
         return self._fitting(whole_prompt_ids(self.backbone, text), max_new_tokens, "prompt")
 
-    def of_chat(self, turns: Sequence[Turn], history: Sequence[HistoryItem], max_new_tokens: int) -> tuple[int, ...]:
-        """A chat, worded as the model was taught.
+    def of_chat(
+        self, turns: Sequence[Turn], history: Sequence[HistoryItem], max_new_tokens: int, *, least: int | None = None
+    ) -> tuple[int, ...]:
+        """A chat, worded as the model was taught. Raises BadRequest where no room is left for `least` new tokens (by
+        default for `max_new_tokens`), beside the question.
 
         With `task` the last user message is the question and other messages are left out: the model has not learnt to
-        read them. A long question is cut as in training.
+        read them. A question of too many words is cut as in training.
         """
+        least = max_new_tokens if least is None else least
         if self.chat == "chat":
             messages = [{"role": turn.role, "content": turn.text} for turn in turns]
             try:
@@ -57,17 +61,26 @@ class Prompts:
                     f"the model's chat template refuses these messages: {said}", param="messages"
                 ) from None
             ids = self.backbone.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return self._fitting(list(ids), max_new_tokens, "messages")
+            return self._fitting(list(ids), least, "messages")
         question = next((turn.text for turn in reversed(turns) if turn.role == "user"), None)
         if question is None:
             raise BadRequest("messages hold none of role user: nothing is asked", param="messages")
-        task, prompts = self.wording.task, self.wording.prompts
+        task = self.wording.task
         if task.has_options:
             raise BadRequest(
                 f"the model was taught {task.name}, whose questions offer two options; send the whole prompt to "
                 "/v1/completions",
                 param="messages",
             )
+        prompt = self._worded(question, history)
+        if history:  # its items may be cut for the answer's room, the question may not
+            bare = self._fitting(whole_prompt_ids(self.backbone, self._worded(question, ())), least, "messages")
+            allowed = max(self.max_tokens - max_new_tokens, len(bare))
+            return tuple(prompt_ids(self.backbone, prompt, room=self.backbone.max_tokens - allowed))
+        return self._fitting(whole_prompt_ids(self.backbone, prompt), least, "messages")
+
+    def _worded(self, question: str, history: Sequence[HistoryItem]) -> str:
+        task, prompts = self.wording.task, self.wording.prompts
         example = query_example(
             User(id="", task=task.name, history=tuple(history)),
             Query(id="", content=question),
@@ -77,10 +90,7 @@ class Prompts:
             labels=self.wording.labels or None,
             max_words=prompts.max_words,
         )
-        room = self.backbone.max_tokens - self.max_tokens + max_new_tokens
-        if self.max_tokens - max_new_tokens < 1:
-            self._fitting([], max_new_tokens, "max_tokens")
-        return tuple(prompt_ids(self.backbone, example.prompt, room=room))
+        return example.prompt
 
     def new_tokens(self, wanted: int | None, default: int) -> int:
         """How long an answer may be: what was asked for, else at most half of what a request has."""

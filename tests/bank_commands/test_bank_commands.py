@@ -32,7 +32,7 @@ from mta_ray.serving.user_state import ItemSum, UserStack
 from mta_ray.serving.user_store import UserStore
 
 ROOT = Path(__file__).resolve().parents[2]
-NAME = "ann/../..\n"  # a user's id is data: it is in no path
+NAME = "ann/../..\t"  # a user's id is data: it is in no path
 
 
 @pytest.fixture(scope="module")

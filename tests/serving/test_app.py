@@ -154,7 +154,7 @@ def test_streaming_says_the_same(service: Service) -> None:
         model="mta", prompt=f"description: {QUESTION} tag:", user="ann", max_tokens=12, temperature=0, stream=True
     )
     assert "".join(chunk.choices[0].text for chunk in streamed) == text.choices[0].text
-    assert [model.id for model in client.models.list()] == ["mta"]
+    assert [model.id for model in client.models.list()] == ["mta"] and client.models.retrieve("mta").id == "mta"
 
 
 def test_tenants_never_meet(service: Service) -> None:
@@ -200,6 +200,9 @@ def test_a_stack_is_trained_behind_the_answer_and_then_used(service: Service) ->
     with service.http() as http:
         before = say(service, "cid")
         assert http.post("/v1/users/no-one/stack").status_code == 404
+        put(http, "blank", [], mode="replace")
+        refused = http.post("/v1/users/blank/stack")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "no_history")
         assert http.get("/v1/users/cid").json()["stack_status"] == "none"
         train_stack(service, "cid")
         after = say(service, "cid")
@@ -358,6 +361,27 @@ def test_what_was_sent_to_a_replica_is_kept_nowhere_on_the_way(service: Service)
         ("GET", "/v1/users/no-one", None, 404, "user"),
         ("GET", "/v1/users/" + "x" * 300, None, 400, "user"),
         ("GET", "/v1/users/caf%E9", None, 400, "user"),
+        ("GET", "/v1/users/ann%0A", None, 400, "user"),  # not ann
+        ("DELETE", "/v1/users/ann%0A", None, 400, "user"),
+        ("POST", "/v1/users/ann/stack%0A", None, 400, "user"),
+        ("POST", "/v1/completions", {"model": "mta", "prompt": "x", "user": "a\nb"}, 400, "user"),
+        ("PUT", "/v1/users/x/history", {"items": ["x"], "expectedversion": 3}, 400, None),
+        (
+            "POST",
+            "/v1/completions",
+            {"model": "mta", "prompt": "x", "frequency_penalty": 1.5},
+            400,
+            "frequency_penalty",
+        ),
+        ("POST", "/v1/completions", {"model": "mta", "prompt": "x", "logit_bias": {"5": 1}}, 400, "logit_bias"),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"model": "mta", "max_tokens": 190, "messages": [{"role": "user", "content": "a film of robots " * 5}]},
+            400,
+            "messages",
+        ),
+        ("GET", "/v1/models/gpt", None, 404, "model"),
         ("GET", "/v1/nowhere", None, 404, None),
         ("PATCH", "/v1/models", None, 405, None),
     ],

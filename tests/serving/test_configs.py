@@ -13,6 +13,13 @@ from mta_ray.serving.app import build_app
 from mta_ray.serving.args import ServingArgs
 from mta_ray.settings import settings_of
 
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An application makes its store, at a path that is seen from here."""
+    monkeypatch.chdir(tmp_path)
+
+
 FOLDER = Path(__file__).parents[2] / "serve_configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from mta_ray.serving.database import Database, DatabaseConfig, open_database
+from mta_ray.serving.database import Database, DatabaseConfig, open_database, open_existing
 from mta_ray.serving.migrations import MIGRATIONS, Migration, migrate
 from mta_ray.serving.tables import metadata
 
@@ -120,6 +121,42 @@ def test_other_urls_are_refused_without_telling_a_password(url: str) -> None:
 def test_settings_that_make_no_pool_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="wanted at least 1"):
         DatabaseConfig(**wrong)
+
+
+def test_what_a_deletion_left_in_the_log_is_written_back_later(tmp_path: Path) -> None:
+    file, log = tmp_path / "users.db", tmp_path / "users.db-wal"
+    database = open_database(DatabaseConfig(url=str(file)))
+    reader = sqlite3.connect(file)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM bank_state").fetchall()
+    insert = "INSERT INTO retired_anchors (digest, retired_at_s) VALUES (:digest, 0)"
+    for statement in (insert, "DELETE FROM retired_anchors WHERE digest = :digest"):
+        with database.writing() as connection:
+            connection.execute(sa.text(statement), {"digest": b"xyzzyplugh"})
+    database.forget_pages()  # a reader holds it up, which is no error
+    database.forget_owed_pages()
+    assert b"xyzzyplugh" in log.read_bytes()
+    reader.close()
+    database.forget_owed_pages()
+    assert b"xyzzyplugh" not in log.read_bytes() + file.read_bytes()
+    database.close()
+
+
+def test_a_lost_or_mistyped_file_is_not_made_anew(tmp_path: Path) -> None:
+    config = DatabaseConfig(url=str(tmp_path / "users.db"))
+    with pytest.raises(ValueError, match="no database is at"):
+        open_existing(config)
+    assert not list(tmp_path.iterdir())
+    open_database(config).close()
+    database = open_existing(config)
+    database.check_place()
+    (tmp_path / "users.db").rename(tmp_path / "away.db")
+    with pytest.raises(ValueError, match="is gone"):
+        database.check_place()
+    open_database(config).close()
+    with pytest.raises(ValueError, match="another file took the place"):
+        database.check_place()
+    database.close()
 
 
 TAKE_THE_LOG_AWAY = """

@@ -98,8 +98,31 @@ def test_a_key_is_limited_and_another_one_is_not(keys: Keys) -> None:
 
 def test_a_body_is_read_no_further_than_allowed(keys: Keys) -> None:
     door = Doorkeeper(keys, Limits(body_mib=1 / 1024), local_tenant="home")
-    assert asyncio.run(door.body(request(None, chunks=[b"a" * 1000, b"b" * 24]))) == b"a" * 1000 + b"b" * 24
+    assert asyncio.run(door.body(request(None, chunks=[b"a" * 1000, b"b" * 24]), "t")) == b"a" * 1000 + b"b" * 24
     chunks = [b"a" * 1000] * 50
     with pytest.raises(BadRequest) as refused:
-        asyncio.run(door.body(request(None, chunks=chunks)))
+        asyncio.run(door.body(request(None, chunks=chunks), "t"))
     assert refused.value.status == 413
+
+
+def test_bodies_that_do_not_come_hold_up_nobody_else(keys: Keys) -> None:
+    door = Doorkeeper(keys, Limits(upload_s=0.2, uploads=3), local_tenant="home")
+
+    async def never() -> dict:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def outcome(tenant: str, *, comes: bool) -> object:
+        asked = request(None, chunks=[b"{}"]) if comes else Request({"type": "http", "headers": []}, never)
+        try:
+            return await door.body(asked, tenant)
+        except BadRequest as error:
+            return error.status
+
+    async def all_at_once() -> list[object]:
+        return await asyncio.gather(
+            *(outcome("slow", comes=False) for _ in range(5)), outcome("slow", comes=True), outcome("other", comes=True)
+        )
+
+    assert asyncio.run(all_at_once()) == [408, 408, 408, 429, 429, 429, b"{}"]
+    assert asyncio.run(outcome("slow", comes=True)) == b"{}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
@@ -14,6 +15,10 @@ HEADERS = [
     (b"x-broken", b"\xff\xfe"),
     (b"serve_multiplexed_model_id", b"anybody"),
     (b"Serve-Multiplexed-Model-Id", b"somebody"),
+    (b"x-request-disconnect-disabled", b"?1"),
+    (b"X-Request-Timeout-Seconds", b"0.001"),
+    (b"x_request_id", b"somebody's name"),
+    (b"x-session-id", b"1"),
 ]
 
 
@@ -30,3 +35,38 @@ def test_headers_that_the_proxy_must_not_read_are_dropped(kind: str) -> None:
     scope = {"type": kind} | ({"headers": HEADERS} if kind == "http" else {})
     asyncio.run(front.cls(app, *front.args, **front.kwargs)(scope, nothing, nothing))
     assert seen == [{"type": kind} | ({"headers": HEADERS[:2]} if kind == "http" else {})]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (404, b"Path '/v1/models' not found. Ping http://.../-/routes for available routes.", 503),
+        (404, b'{"error": {"message": "no such user"}}', 404),
+        (404, b"", 404),
+        (200, b"Path 'x' is a fine answer", 200),
+    ],
+)
+def test_a_path_that_nobody_serves_yet_is_no_404(status: int, body: bytes, told: int) -> None:
+    async def app(scope, receive, send) -> None:  # noqa: ANN001
+        await send(
+            {"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body))]}
+        )
+        await send({"type": "http.response.body", "body": body[:20], "more_body": True})
+        await send({"type": "http.response.body", "body": body[20:]})
+
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    (front,) = middlewares()
+    asyncio.run(front.cls(app, *front.args, **front.kwargs)({"type": "http", "headers": []}, None, send))
+    assert [message["type"] for message in sent[:2]] == ["http.response.start", "http.response.body"]
+    assert sent[0]["status"] == told
+    whole = b"".join(message.get("body", b"") for message in sent[1:])
+    headers = dict(sent[0]["headers"])
+    assert int(headers[b"content-length"]) == len(whole)
+    if told == 503:
+        assert int(headers[b"retry-after"]) > 0 and json.loads(whole)["error"]["code"] == "busy"
+    else:
+        assert whole == body

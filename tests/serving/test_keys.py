@@ -139,7 +139,7 @@ def test_keys_are_made_listed_and_revoked_by_command(tmp_path: Path, capsys: pyt
     assert main(["keys", "make", "--tenant", "acme", "--label", "Ana's laptop", *at]) == OK
     told = capsys.readouterr()
     key = told.out.strip()
-    assert key.startswith("mta_") and told.out.count("\n") == 1
+    assert key.startswith("mta_") and told.out.count("\n") == 1 and "a new database" in told.err
     database = open_database(DatabaseConfig(url=at[1]))
     assert Keys(database).verify(key).label == "Ana's laptop"
 
@@ -157,6 +157,10 @@ def test_keys_are_made_listed_and_revoked_by_command(tmp_path: Path, capsys: pyt
 
     assert main(["keys", "revoke", "--key-id", "nothing", *at]) == BAD_INPUT
     assert capsys.readouterr().err.startswith("mta keys revoke: no key has this id")
+    for command in (["list"], ["revoke", "--key-id", key[4:16]]):
+        elsewhere = str(tmp_path / "folder" / "mistyped.db")
+        assert main(["keys", *command, "--database.url", elsewhere]) == BAD_INPUT
+        assert "no database is at" in capsys.readouterr().err and not Path(elsewhere).parent.exists()
     assert main(["keys", "mak"]) == BAD_INPUT
     assert "did you mean 'keys make'" in capsys.readouterr().err
     assert main(["keys"]) == BAD_INPUT

@@ -139,7 +139,7 @@ def test_the_official_client_chats(client: openai.OpenAI) -> None:
         seed=3,
         logprobs=True,
         top_logprobs=2,
-        frequency_penalty=0.5,
+        frequency_penalty=0,
         metadata={"a": "b"},
     )
     assert answer.choices[0].message.content == "é|ana|7|('\\n', '!')|2"
@@ -366,10 +366,10 @@ def test_anything_is_served_or_refused_with_a_400(kind: Any, good: dict[str, Any
                 request.history_items()
             outcomes.append("served")
         except BadRequest as error:
-            assert error.status == 400 and (error.param or error.code == "invalid_json"), more
+            assert error.status == 400 and (error.param or error.code in ("invalid_json", "unknown_field")), more
             assert "error" in json.loads(answers.error_of(error).body())
             outcomes.append("refused")
-    assert min(outcomes.count("served"), outcomes.count("refused")) > 50
+    assert min(outcomes.count("served"), outcomes.count("refused")) > 20
 
 
 def test_an_error_does_not_quote_what_was_written() -> None:

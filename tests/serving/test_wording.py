@@ -64,6 +64,22 @@ def test_free_texts_are_learnt_though_nothing_opens_them(tiny_model) -> None:  #
             assert float(loss) == pytest.approx(-float(told.gather(1, ids[0, 1:, None]).sum()), rel=1e-4)
 
 
+def test_a_question_is_never_cut_for_the_answers_room(tiny_model) -> None:  # noqa: ANN001
+    wording = Wording(task=task_named("movie_tagging"), labels=(), prompts=PromptConfig(context_items=2))
+    prompts = Prompts(backbone=tiny_model(), wording=wording, chat="task", max_tokens=64)
+    history = [HistoryItem(id=str(n), content="robots rise again and again " * 4, target="sci-fi") for n in range(3)]
+    question = [Turn(role="user", text="a lonely robot finds a friend")]
+    bare = prompts.of_chat(question, (), 1)
+    with_items = prompts.of_chat(question, history, 8)
+    assert len(with_items) == 64 - 8 and with_items[-len(bare) + 1 :] == bare[1:]
+    assert prompts.of_chat(question, history, 64 - len(bare))[1:] == bare[1:]  # no room for the items
+    assert prompts.of_chat(question, history, 63, least=1)[-len(bare) + 1 :] == bare[1:]
+    for items in ((), history):
+        with pytest.raises(BadRequest, match="together") as refused:
+            prompts.of_chat(question, items, 64 - len(bare) + 1)
+        assert refused.value.code == "context_length_exceeded"
+
+
 def test_messages_that_the_template_refuses_are_the_clients_fault(prompts: Prompts) -> None:
     with pytest.raises(BadRequest, match="roles must alternate") as refused:
         prompts.of_chat([Turn(role="user", text=text) for text in "ab"], (), 4)
