@@ -372,7 +372,7 @@ def main() -> None:
     config = BenchmarkConfig(**fields | {"base": "default", "rivals": not asked["no_rivals"]})
     if asked["quick"]:
         config = replace(config, rounds=2, merge_users=4)
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it says much of its own end
     results = {base: benchmark(replace(config, base=base)) for base in asked["base"]}
     if asked["json"]:
         asked["json"].write_text(json.dumps(results, indent=2))

@@ -58,7 +58,7 @@ def main() -> None:
     asked = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("mta_ray").setLevel(logging.INFO)
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it says much of its own end
     figures = serving_benchmark(asked.base, is_quick=asked.quick)
     if asked.json:
         asked.json.write_text(json.dumps(figures, indent=2))

@@ -104,7 +104,7 @@ class Database:
         if not self.is_sqlite:
             return
         self._owes_pages = True
-        with suppress(sa.exc.OperationalError), self.reading() as connection:
+        with suppress(*AWAY), self.reading() as connection:
             wait_ms = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
             connection.exec_driver_sql(f"PRAGMA busy_timeout = {CHECKPOINT_WAIT_MS}")  # meanwhile nobody writes
             try:

@@ -135,8 +135,7 @@ class Replica:
             yield Refused(status=error.status, message=str(error), param=error.param, code=error.code)
             return
         except AWAY as error:
-            log.warning("the database does not answer: %s", type(error).__name__)
-            yield NO_DATABASE
+            yield _without_database(error)
             return
         except (QueueFull, NoFreeSlot, Conflict):
             self.meters.refused.inc()
@@ -187,8 +186,7 @@ class Replica:
         except HistoryTooLong as error:
             yield Refused(status=400, message=str(error), param="items", code="history_too_long")
         except AWAY as error:
-            log.warning("the database does not answer: %s", type(error).__name__)
-            yield NO_DATABASE
+            yield _without_database(error)
 
     async def put_stack(self, new: NewStack) -> AsyncIterator[Taken | Stored | Refused]:
         """An adapter from elsewhere as the user's stack, if it fits this base and a slot of the shelf."""
@@ -224,8 +222,7 @@ class Replica:
         except ValueError as error:
             yield Refused(status=400, message=f"this adapter cannot be used: {error}", code="bad_adapter")
         except AWAY as error:
-            log.warning("the database does not answer: %s", type(error).__name__)
-            yield NO_DATABASE
+            yield _without_database(error)
 
     async def forget(self, user: UserId) -> None:
         """The user was deleted: the stack leaves the device, and an anchor the bank's shelf."""
@@ -274,7 +271,7 @@ class Replica:
             await self._noticed(await asyncio.to_thread(self.personaliser.follow))
             outdated = await asyncio.to_thread(self._outdated, run.table.keys())
         except AWAY as error:  # a new replica would not reach it either
-            log.warning("the database does not answer: %s", type(error).__name__)
+            _without_database(error)
             return
         for key in outdated:
             for slot in run.table.forget(key.tenant, key.user):
@@ -467,6 +464,11 @@ def _stack_key(state: UserState | None) -> StackKey | None:
     if state is None or state.stack_version is None:
         return None
     return StackKey(tenant=state.user.tenant, user=state.user.id, version=state.stack_version)
+
+
+def _without_database(error: Exception) -> Refused:
+    log.warning("the database does not answer: %s", type(error).__name__)
+    return NO_DATABASE
 
 
 def _wipe(run: Running, shelf: str, slot: int) -> None:
