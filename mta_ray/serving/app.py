@@ -10,7 +10,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from mta_ray.serving.args import ServingArgs
-from mta_ray.serving.database import is_file, open_database
+from mta_ray.serving.database import is_there, open_database
 from mta_ray.serving.ingress import Ingress
 from mta_ray.serving.replica import Replica
 from mta_ray.serving.router import ForgetfulRouter
@@ -25,7 +25,9 @@ def build_app(args: ServingArgs | Mapping[str, Any]) -> Application:
     """The application of `import_path: mta_ray.serving.app:build_app`; Ray Serve hands `args` over as a mapping."""
     if isinstance(args, Mapping):
         args = settings_of(ServingArgs, args, source="args")
-    if is_file(args.store):  # made here, once: who finds it gone later does not begin an empty one, without its keys
+    if not is_there(
+        args.database
+    ):  # made here, once: who finds it gone later does not begin an empty one, without its keys
         open_database(args.database).close()
     replica = serve.deployment(Replica).options(
         name="Model",

@@ -1,15 +1,15 @@
 """What stands before Ray Serve's HTTP proxy: headers that it must not obey are dropped, and its 404 is told as ours.
 
-Ray Serve finds it by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, one of `local.SERVE_SETTINGS`.
+Ray Serve finds it by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, one of `local.SERVE_SETTINGS`. It runs in the proxy's
+process, and imports nothing that makes that one larger.
 """
 
 from __future__ import annotations
 
+import json
+
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from mta_ray.serving.answers import error_answer
-from mta_ray.serving.exchange import REPLICA_AFTER_S
 
 NOT_FOR_CLIENTS = {
     b"serve-multiplexed-model-id",  # kept for good by the proxy's router
@@ -21,6 +21,10 @@ NOT_FOR_CLIENTS = {
 """Headers by which anybody could steer the proxy, before any key is asked for; `_` is as good as `-`."""
 NO_APPLICATION = b"Path '"
 """How the proxy's own 404 begins: there is no application yet, or no more."""
+RETRY_AFTER_S = 15
+AWAY = {"message": "the service is starting, or ends; send the request again", "type": "server_error"}
+AWAY_BODY = json.dumps({"error": {**AWAY, "param": None, "code": "busy"}}).encode()
+"""OpenAI's error shape, as `answers.error_answer` makes it."""
 
 
 def middlewares() -> list[Middleware]:
@@ -69,14 +73,13 @@ class _Told:
         await self._send(message)
 
     async def _tell_503(self) -> None:
-        body = error_answer(503, "the service is starting, or ends; send the request again", code="busy").body()
         headers = [
             (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"retry-after", str(REPLICA_AFTER_S).encode()),
+            (b"content-length", str(len(AWAY_BODY)).encode()),
+            (b"retry-after", str(RETRY_AFTER_S).encode()),
         ]
         await self._send({"type": "http.response.start", "status": 503, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send({"type": "http.response.body", "body": AWAY_BODY})
 
 
 def _is_utf8(value: bytes) -> bool:

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from mta_ray.serving.answers import error_answer
 from mta_ray.serving.front import middlewares
 
 HEADERS = [
@@ -67,6 +68,8 @@ def test_a_path_that_nobody_serves_yet_is_no_404(status: int, body: bytes, told:
     headers = dict(sent[0]["headers"])
     assert int(headers[b"content-length"]) == len(whole)
     if told == 503:
-        assert int(headers[b"retry-after"]) > 0 and json.loads(whole)["error"]["code"] == "busy"
+        fields = json.loads(whole)["error"]
+        assert int(headers[b"retry-after"]) > 0 and fields["code"] == "busy"
+        assert fields == json.loads(error_answer(503, fields["message"], code="busy").body())["error"]
     else:
         assert whole == body
