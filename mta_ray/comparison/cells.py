@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -28,6 +29,7 @@ from mta_ray.lamp.leaks import persons
 from mta_ray.lamp.metrics import query_score
 from mta_ray.lamp.users import User
 from mta_ray.personalize.base_model import Wording
+from mta_ray.pipeline.actors import ActorConfig
 
 ORDER = ["dataset", "method", "rag", "budget", "seed"]
 _ANSWERS_VERSION = 1
@@ -78,10 +80,20 @@ class Cell:
         return not self.whole or self.budget == ALL or is_other
 
 
-def made_by(device: str) -> tuple[str, ...]:
-    """What decides answers beside what they are answers to."""
-    libraries = [f"{name} {metadata.version(name)}" for name in ("mta-ray", "torch", "transformers")]
-    return (f"answers {_ANSWERS_VERSION}", *libraries, device)
+def made_by(workers: ActorConfig) -> tuple[str, ...]:
+    """What decides answers beside what they are answers to: threads too, for they decide how sums are rounded."""
+    packages = [f"{name} {number}" for name, number in versions().items()]
+    threads = [f"{workers.cpus} threads"] if workers.device == "cpu" else []
+    return (f"answers {_ANSWERS_VERSION}", *packages, workers.device, *threads)
+
+
+def versions() -> dict[str, str]:
+    """Name to version of the packages that a prediction is computed by."""
+    found = {}
+    for name in ("mta-ray", "torch", "transformers", "tokenizers", "numpy", "bm25s", "cma", "faiss-cpu", "faiss-gpu"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

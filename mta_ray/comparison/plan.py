@@ -140,7 +140,7 @@ def _cell(entry: Entry, materials: Materials, workers: ActorConfig, digest: Call
         base=base,
         users_per_pack=workers.users_per_pack,
         inputs=(),
-        made_by=made_by(workers.device),
+        made_by=made_by(workers),
         devices=workers.gpus or workers.cpus,
     )
     if recipe.bank is not None:

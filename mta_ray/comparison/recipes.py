@@ -158,7 +158,7 @@ def ablations(settings: MethodSettings, *, encoders: Sequence[str] = ()) -> list
     for factor in (0.5, 2.0):
         temperature = fusion.temperature * factor
         changes[f"temperature={temperature:g}"] = replace(mta, fusion=replace(fusion, temperature=temperature))
-    changes["fusion=linear"] = replace(mta, fusion=replace(fusion, mode="linear"))
+    changes["fusion=linear with shares"] = replace(mta, fusion=replace(fusion, mode="linear"))
     changes["fusion=svd"] = replace(mta, fusion=replace(fusion, mode="svd"))
     changes["own A"] = replace(mta, bank=replace(own, shared_init=False))
     changes["no task adapter"] = replace(mta, is_taught=False)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from mta_ray.artifacts import jsonable, located
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.comparison.answerer import Answerer
-from mta_ray.comparison.cells import Cell, CellFiles, collect
+from mta_ray.comparison.cells import Cell, CellFiles, collect, versions
 from mta_ray.comparison.datasets import SIMULATED, parse_datasets
 from mta_ray.comparison.judge import BenchmarkFacts, facts_of
 from mta_ray.comparison.materials import Materials, MaterialsConfig
@@ -144,12 +144,12 @@ def _make(config: BenchmarkConfig, home: Path) -> None:
     # 4. all of them
     wordings = {one.dataset.name: open_base(one.base()).wording for one in materials}
     results, costs = collect(planned, files, wordings)
-    left_out = ("out", "report_only", "force", "cluster", "workers")
+    left_out = ("out", "report_only", "force", "cluster")
     facts = BenchmarkFacts(
         leaks=leaks,
         labels={one.dataset.name: one.labels() for one in materials if one.labels()},
         settings={name: value for name, value in jsonable(config).items() if name not in left_out},
-        versions={name: metadata.version(name) for name in VERSIONS} | {"mta-ray": metadata.version("mta-ray")},
+        versions={name: metadata.version(name) for name in VERSIONS} | versions(),
     )
     replace_file(home / COSTS_FILE, lambda path: _write(costs, COSTS, path))
     replace_file(home / RESULTS_FILE, lambda path: _write(results, RESULTS, path))

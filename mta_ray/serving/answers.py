@@ -209,7 +209,7 @@ class UserView(BaseModel):
     stack_bytes: int
     stack_status: StackStatus
     stack_failure: str | None = None
-    """Why the last try to train it failed."""
+    """In a word, what went wrong with the last try to train it, such as `no examples`."""
     created_at: int
     updated_at: int
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert as insert_postgresql
@@ -20,10 +22,8 @@ from mta_ray.serving.migrations import migrate
 _WRITES = "mta_writes"
 CHECKPOINT_WAIT_MS = 500
 """For readers, when the log is to be written back."""
-AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
 """What is raised where the database does not answer, or not in time, or cannot write: the same may succeed later."""
-
-
 STORE = "runs/serving.db"
 """Where the service and its commands (keys, bank publish) look when nothing else is said: one place for all of them."""
 
@@ -55,7 +55,8 @@ class Database:
         self.clock = clock
         self._file = Path(str(engine.url.database)) if engine.dialect.name == "sqlite" else None
         self._inode: int | None = None
-        self._owes_pages = False
+        self._owes_pages = self.is_sqlite  # what a process before this one may have left
+        self._forgetting = threading.Lock()
         self._writing = engine.execution_options(**{_WRITES: True})
         # SQLite's connections begin nothing by themselves (see _open_sqlite); PostgreSQL is spared BEGIN and ROLLBACK
         self._reading = engine if self.is_sqlite else engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -104,7 +105,7 @@ class Database:
         if not self.is_sqlite:
             return
         self._owes_pages = True
-        with suppress(*AWAY), self.reading() as connection:
+        with self._forgetting, suppress(*AWAY), self.reading() as connection:
             wait_ms = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
             connection.exec_driver_sql(f"PRAGMA busy_timeout = {CHECKPOINT_WAIT_MS}")  # meanwhile nobody writes
             try:
@@ -136,10 +137,15 @@ class Database:
         self.engine.dispose()
 
 
-def open_database(config: DatabaseConfig, *, clock: Callable[[], float] = time.time) -> Database:
-    """The database, made if it is not there and brought to this program's schema."""
+def open_database(
+    config: DatabaseConfig, *, clock: Callable[[], float] = time.time, makes_file: bool = True
+) -> Database:
+    """The database, its file made if it is not there, brought to this program's schema."""
     url = _url(config.url)
-    engine = _open_sqlite(url, config) if url.get_backend_name() == "sqlite" else _open_postgresql(url, config)
+    if url.get_backend_name() == "sqlite":
+        engine = _open_sqlite(url, config, makes_file=makes_file)
+    else:
+        engine = _open_postgresql(url, config)
     database = Database(engine, clock)
     try:
         with database.writing() as connection:
@@ -158,7 +164,13 @@ def open_existing(config: DatabaseConfig) -> Database:
             f"no database is at {_url(config.url).database}; give the one that the service was started with (mta "
             "serve, mta keys make and mta bank publish begin a new one)"
         )
-    return open_database(config)
+    return open_database(config, makes_file=False)
+
+
+def told_of(error: Exception) -> str:
+    """What the driver says, for a log: without the statement, and (see _open_postgresql) without anybody's row."""
+    said = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {said}"
 
 
 def is_there(config: DatabaseConfig) -> bool:
@@ -167,7 +179,7 @@ def is_there(config: DatabaseConfig) -> bool:
     return url.get_backend_name() != "sqlite" or Path(str(url.database)).is_file()
 
 
-def is_file(url: str) -> bool:
+def is_path(url: str) -> bool:
     """Whether it is the path of a SQLite file, rather than a URL."""
     return "://" not in url
 
@@ -189,20 +201,23 @@ def _url(text: str) -> sa.URL:
     )
 
 
-def _open_sqlite(url: sa.URL, config: DatabaseConfig) -> sa.Engine:
+def _open_sqlite(url: sa.URL, config: DatabaseConfig, *, makes_file: bool) -> sa.Engine:
     file = Path(str(url.database))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # The log and its index take over these rights. A file that is there is never opened beside SQLite: closing it would
-    # give up SQLite's locks on it for all connections of this process, and another process would delete the log.
-    with suppress(FileExistsError):
-        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    if makes_file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # The log and its index take over these rights. A file that is there is never opened beside SQLite: closing it
+        # would give up SQLite's locks on it for all connections of this process, and another process would delete the
+        # log.
+        with suppress(FileExistsError):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    there = f"file:{quote(str(file))}?mode=rw"  # SQLite itself would make a file that is gone anew, without its keys
 
     engine = sa.create_engine(
         url,
+        creator=lambda: sqlite3.connect(there, uri=True, timeout=config.busy_timeout_s, check_same_thread=False),
         pool_size=config.connections,
         max_overflow=0,
         hide_parameters=True,  # of errors: they hold what users wrote
-        connect_args={"timeout": config.busy_timeout_s},
     )
 
     @sa.event.listens_for(engine, "connect")

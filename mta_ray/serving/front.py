@@ -21,9 +21,11 @@ NOT_FOR_CLIENTS = {
 """Headers by which anybody could steer the proxy, before any key is asked for; `_` is as good as `-`."""
 NO_APPLICATION = b"Path '"
 """How the proxy's own 404 begins: there is no application yet, or no more."""
+OURS = ("/v1/", "/healthz", "/readyz", "/openapi.json")
+"""Paths of which that is said; others may be those of other applications."""
 RETRY_AFTER_S = 15
-AWAY = {"message": "the service is starting, or ends; send the request again", "type": "server_error"}
-AWAY_BODY = json.dumps({"error": {**AWAY, "param": None, "code": "busy"}}).encode()
+STARTING = {"message": "the service is starting, or ends; send the request again", "type": "server_error"}
+BODY = json.dumps({"error": {**STARTING, "param": None, "code": "busy"}}).encode()
 """OpenAI's error shape, as `answers.error_answer` makes it."""
 
 
@@ -46,7 +48,8 @@ class Front:
                 for name, value in scope["headers"]
                 if _is_utf8(value) and name.lower().replace(b"_", b"-") not in NOT_FOR_CLIENTS
             ]
-        await self._app(scope, receive, _Told(send) if scope["type"] == "http" else send)
+        is_ours = scope["type"] == "http" and scope["path"].startswith(OURS)
+        await self._app(scope, receive, _Told(send) if is_ours else send)
 
 
 class _Told:
@@ -75,11 +78,11 @@ class _Told:
     async def _tell_503(self) -> None:
         headers = [
             (b"content-type", b"application/json"),
-            (b"content-length", str(len(AWAY_BODY)).encode()),
+            (b"content-length", str(len(BODY)).encode()),
             (b"retry-after", str(RETRY_AFTER_S).encode()),
         ]
         await self._send({"type": "http.response.start", "status": 503, "headers": headers})
-        await self._send({"type": "http.response.body", "body": AWAY_BODY})
+        await self._send({"type": "http.response.body", "body": BODY})
 
 
 def _is_utf8(value: bytes) -> bool:

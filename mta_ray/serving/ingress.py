@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import count
 from urllib.parse import unquote_to_bytes
 
+import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
@@ -41,7 +42,7 @@ from mta_ray.serving.answers import (
 )
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks, UnknownBank
-from mta_ray.serving.database import AWAY, open_existing
+from mta_ray.serving.database import AWAY, open_existing, told_of
 from mta_ray.serving.doorkeeper import Doorkeeper
 from mta_ray.serving.exchange import (
     CROWDED,
@@ -135,8 +136,8 @@ class Ingress:
         try:
             await asyncio.to_thread(self.database.forget_owed_pages)
             await self._train_if_asked()
-        except AWAY as error:  # a new ingress would not reach it either
-            log.warning("the database does not answer: %s", type(error).__name__)
+        except sa.exc.SQLAlchemyError as error:  # a new ingress would not reach the database either
+            log.warning("the database does not answer: %s", told_of(error))
 
     # ---- OpenAI's
 
@@ -400,7 +401,7 @@ class Ingress:
         if isinstance(error, UnknownUser):
             return self._refusal(Refused(status=404, message="no such user", param="user", code="user_not_found"))
         if isinstance(error, AWAY):
-            log.warning("the database does not answer: %s", type(error).__name__)
+            log.warning("the database does not answer: %s", told_of(error))
             return self._refusal(NO_DATABASE)
         if isinstance(error, HTTPException):
             answer = self._refusal(Refused(status=error.status_code, message=str(error.detail)))

@@ -22,7 +22,7 @@ from mta_ray.personalize.base_model import open_base
 from mta_ray.serving.app import build_app
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks
-from mta_ray.serving.database import STORE, Database, DatabaseConfig, is_file, is_there, open_database
+from mta_ray.serving.database import STORE, Database, DatabaseConfig, is_path, is_there, open_database
 from mta_ray.serving.keys import Keys
 from mta_ray.serving.served_bank import describe
 
@@ -82,7 +82,7 @@ class PublishBankConfig:
 def serve_here(config: ServeConfig) -> str:
     """Serve until Ctrl-C; prints where, and how to ask."""
     # 1. what would go wrong later is told now
-    config = located(config, "base", "bank", "store") if is_file(config.store) else located(config, "base", "bank")
+    config = located(config, "base", "bank", "store") if is_path(config.store) else located(config, "base", "bank")
     fingerprint = open_base(config.base).fingerprint
     with closing(open_database(config.database)) as database:
         has_keys = Keys(database).are_configured()

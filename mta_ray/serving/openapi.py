@@ -43,7 +43,7 @@ ERRORS = {
     409: "The history is not what it was: not of `expected_version`, or changed meanwhile.",
     408: "The body did not come in time.",
     413: "The body is too large.",
-    429: "Too many requests for this key.",
+    429: "Too many requests for this key, or too many bodies of this tenant that have not come whole.",
     503: "There is no room now; send the request again.",
 }
 AT_THE_DOOR = (401, 403, 429)

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+import sqlalchemy as sa
 import torch
 from ray import serve
 
@@ -28,7 +29,7 @@ from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import BANK
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks, PublishedBank
-from mta_ray.serving.database import AWAY, open_existing
+from mta_ray.serving.database import AWAY, open_existing, told_of
 from mta_ray.serving.exchange import (
     CROWDED,
     NO_DATABASE,
@@ -47,7 +48,7 @@ from mta_ray.serving.meters import Meters
 from mta_ray.serving.personal import OtherEncoder, Personal, open_personaliser
 from mta_ray.serving.schema import BadRequest
 from mta_ray.serving.served_bank import ServedBank, load_served
-from mta_ray.serving.slot_table import NoFreeSlot, SlotStats, SlotTable, StackKey
+from mta_ray.serving.slot_table import NoFreeSlot, Seat, SlotStats, SlotTable, StackKey
 from mta_ray.serving.speaker import Speaker
 from mta_ray.serving.stack_queue import StackQueue
 from mta_ray.serving.user_state import ANY_BANK, UserStack, UserState
@@ -177,7 +178,10 @@ class Replica:
             state = self.personaliser.put_history(
                 new.user, new.items, task=new.task, replaces=new.replaces, expected_version=new.expected_version
             )
-            return self.personaliser.model_of(new.user).state or state
+            try:
+                return self.personaliser.model_of(new.user).state or state
+            except (Conflict, *AWAY):  # the history is stored: the next request computes the route
+                return state
 
         try:
             yield Stored(state=await asyncio.get_running_loop().run_in_executor(self._encoding, write))
@@ -270,8 +274,8 @@ class Replica:
         try:
             await self._noticed(await asyncio.to_thread(self.personaliser.follow))
             outdated = await asyncio.to_thread(self._outdated, run.table.keys())
-        except AWAY as error:  # a new replica would not reach it either
-            _without_database(error)
+        except sa.exc.SQLAlchemyError as error:  # a new replica would not reach the database either
+            log.warning("the database does not answer: %s", told_of(error))
             return
         for key in outdated:
             for slot in run.table.forget(key.tenant, key.user):
@@ -369,23 +373,29 @@ class Replica:
     def _submit(
         self, run: Running, personal: Personal, request: Request, key: StackKey | None, stack: Adapter | None
     ) -> Admitted:
-        slot: int | None = None
-        if key is not None:
-            seat = run.table.acquire(key)
-            slot = seat.slot
-            (self.meters.stack_misses if seat.is_new else self.meters.stack_hits).inc()
-            request = replace(request, routes={**request.routes, STACKS: Route(slots=(slot,), weights=(1.0,))})
-            if seat.is_new:
-                assert stack is not None
-                loop = asyncio.get_running_loop()
-                loading = run.engine.load(STACKS, slot, stack)
-                loading.add_done_callback(lambda done: loop.call_soon_threadsafe(self._see_loaded, run, key, done))
+        seat: Seat | None = None
+        is_loading = False
         try:
+            if key is not None:
+                seat = run.table.acquire(key)
+                (self.meters.stack_misses if seat.is_new else self.meters.stack_hits).inc()
+                own = Route(slots=(seat.slot,), weights=(1.0,))
+                request = replace(request, routes={**request.routes, STACKS: own})
+                if seat.is_new:
+                    assert stack is not None
+                    loop = asyncio.get_running_loop()
+                    loading = run.engine.load(STACKS, seat.slot, stack)
+                    is_loading = True
+                    loading.add_done_callback(lambda done: loop.call_soon_threadsafe(self._see_loaded, run, key, done))
             ticket = run.engine.submit(request, asynchronous=True)
         except BaseException:
-            if slot is not None and run.table.release(slot):
-                _wipe(run, STACKS, slot)
+            if seat is not None and key is not None:
+                if seat.is_new and not is_loading:
+                    run.table.forget(key.tenant, key.user)  # or the next request would find what lay there before
+                if run.table.release(seat.slot):
+                    _wipe(run, STACKS, seat.slot)
             raise
+        slot = None if seat is None else seat.slot
         return Admitted(run=run, ticket=ticket, bank_version=personal.served.version, slot=slot)
 
     def _see_loaded(self, run: Running, key: StackKey, loading: Future[None]) -> None:
@@ -467,7 +477,7 @@ def _stack_key(state: UserState | None) -> StackKey | None:
 
 
 def _without_database(error: Exception) -> Refused:
-    log.warning("the database does not answer: %s", type(error).__name__)
+    log.warning("the database does not answer: %s", told_of(error))
     return NO_DATABASE
 
 

@@ -57,6 +57,8 @@ class Limits:
     """Of one stop text."""
 
     def __post_init__(self) -> None:
+        if self.upload_s <= 0 or self.uploads < 1:
+            raise ValueError(f"upload_s is {self.upload_s} and uploads {self.uploads}, wanted above 0 and at least 1")
         if self.default_tokens > self.max_tokens:
             raise ValueError(f"default_tokens is {self.default_tokens}, wanted at most max_tokens, {self.max_tokens}")
         if self.id_chars > ID_CHARS_MAX:

@@ -124,7 +124,7 @@ class StackQueue:
                 log.info("a stack was trained on a history that was replaced meanwhile; it is trained again")
             ended = _is_held(job), stack_jobs.c.history_version == job.history_version
             if version is None or not connection.execute(sa.delete(stack_jobs).where(*ended)).rowcount:
-                again = {"ready_at_s": self.database.clock(), "lease": None, "attempts": 0}
+                again = {"ready_at_s": self.database.clock(), "lease": None, "attempts": 0, "failure": None}
                 if not connection.execute(sa.update(stack_jobs).where(_is_held(job)).values(again)).rowcount:
                     raise LeaseLost("another worker has the job")
         return version

@@ -23,7 +23,7 @@ from mta_ray.personalize.base_model import open_base
 from mta_ray.personalize.merge_then_adapt import BANK, stack_users
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks
-from mta_ray.serving.database import open_existing
+from mta_ray.serving.database import AWAY, open_existing
 from mta_ray.serving.personal import Personal, open_personaliser
 from mta_ray.serving.served_bank import ServedBank, load_served
 from mta_ray.serving.stack_queue import LeaseLost, StackJob, StackQueue
@@ -90,8 +90,10 @@ class Stacker:
         for job in jobs:
             try:
                 pupil = self._pupil(job)
+            except AWAY:  # nobody's fault: their leases run out, and they wait again
+                raise
             except Exception as error:  # noqa: BLE001 - whatever a history holds, the others are trained
-                log.warning("a stack cannot be trained: %s", type(error).__name__)
+                log.exception("a stack cannot be trained")
                 with suppress(LeaseLost):
                     self.queue.fail(job, type(error).__name__)
                 continue

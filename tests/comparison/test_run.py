@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from mta_ray.comparison.materials import MaterialsConfig
 from mta_ray.comparison.recipes import MethodSettings
 from mta_ray.comparison.results import METHODS
 from mta_ray.comparison.run import BenchmarkConfig, benchmark
+from mta_ray.lamp.users import User
+from mta_ray.lora.adapter import Adapter, load_peft
 from mta_ray.lora.bank import load_bank
 from mta_ray.lora.fusion import fuse
 from mta_ray.lora.fusion_config import FusionConfig
@@ -139,6 +143,55 @@ def test_mta_answers_as_a_model_with_fusion_and_stack_merged_into_its_weights(co
         assert dict(zip([query.id for query in user.queries], said, strict=True)) == dict(
             zip(own["query_id"], own["prediction"], strict=True)
         )
+
+
+def test_every_rival_answers_as_a_model_with_its_adapter_merged_into_the_weights(config) -> None:
+    """By another way than mta above; what a rival is made of is written out here."""
+    home = Path(config.out, "materials", "simulated_movie_tagging")
+    base, bank = open_base(home / "base"), load_bank(home / "bank-seed-3")
+    anchors = [bank.adapter(anchor) for anchor in range(3)]
+    pooled = load_peft(home / "pooled-all-seed-3" / "adapter")
+    results = pd.read_parquet(Path(config.out, "results.parquet"))
+    results = results[(results["budget"] == "all") & ~results["rag"]].set_index(["user_id", "method"]).sort_index()
+    encoder, drawn = Encoder(), []
+
+    def said_by(adapter: Adapter | None, user: User) -> list[str]:
+        backbone = base.load()
+        if adapter is not None:
+            merge(backbone.model, adapter)
+        prompts = [example.prompt for example in base.wording.queries(user)]
+        return answer(RoutedModel(backbone), prompts, max_new_tokens=base.wording.task.max_new_tokens)
+
+    for user in read_users(home / "users"):
+        if user.id not in results.index:
+            continue
+        told = results.loc[user.id]
+        said = {method: dict(zip(told.loc[[method], "query_id"], told.loc[[method], "prediction"], strict=True))
+                for method in METHODS if method in told.index}  # fmt: skip
+        said = {method: [answers[query.id] for query in user.queries] for method, answers in said.items()}
+        order = np.argsort(-(bank.embeddings @ encode(encoder.embed_users([item_texts(user, 24, 64)]), bank.center)[0]))
+        backbone = base.load()
+        examples = tokenised(backbone, base.wording.history(user))
+        own = stack_users(RoutedModel(backbone), [(user.id, examples, None)], replace(FEW, seed=3)).adapters[0]
+
+        assert said["non_personalised"] == said_by(None, user)
+        assert said["all_users_lora"] == said_by(pooled, user) != said["non_personalised"]
+        assert said["nearest_anchor"] == said_by(anchors[order[0]], user)
+        assert said["uniform_mean"] == said_by(fuse(anchors, [1 / 3] * 3), user)
+        assert said["oppu"] == said["stack_only"] == said_by(own, user) != said["non_personalised"]
+        pairs = [said_by(fuse(pair, [0.5, 0.5]), user) for pair in combinations(anchors, 2)]
+        assert said["random_anchors"] in pairs
+        drawn.append(pairs.index(said["random_anchors"]))
+
+        # controls, and what hangs on chance or is searched for
+        counts = Counter(item.target for item in user.history)
+        assert {counts[label] for label in said["majority_label"]} == {max(counts.values())}
+        assert set(said["nearest_item"]) <= set(counts)
+        assert said["oracle"] == [query.best for query in user.queries]
+    assert len(set(drawn)) > 1, "each user has anchors of its own"
+    flat = results["prediction"].groupby("method").agg(list)
+    assert flat["nearest_item"] != flat["majority_label"] and flat["prime"] != flat["mta_fusion"]
+    assert flat["as_released"] not in (flat["mta"], flat["mta_fusion"], flat["non_personalised"])
 
 
 def test_only_missing_cells_are_made_again_and_the_results_are_the_same_to_the_byte(config) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from mta_ray.serving.database import Database, DatabaseConfig, open_database, open_existing
+from mta_ray.serving.database import AWAY, Database, DatabaseConfig, open_database, open_existing
 from mta_ray.serving.migrations import MIGRATIONS, Migration, migrate
 from mta_ray.serving.tables import metadata
 
@@ -153,6 +153,10 @@ def test_a_lost_or_mistyped_file_is_not_made_anew(tmp_path: Path) -> None:
     (tmp_path / "users.db").rename(tmp_path / "away.db")
     with pytest.raises(ValueError, match="is gone"):
         database.check_place()
+    database.close()  # and its connections
+    with pytest.raises(AWAY), database.reading() as connection:
+        connection.execute(sa.text("SELECT 1"))
+    assert not (tmp_path / "users.db").exists()
     open_database(config).close()
     with pytest.raises(ValueError, match="another file took the place"):
         database.check_place()

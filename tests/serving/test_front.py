@@ -33,21 +33,22 @@ def test_headers_that_the_proxy_must_not_read_are_dropped(kind: str) -> None:
     async def nothing(*_: object) -> None: ...
 
     (front,) = middlewares()
-    scope = {"type": kind} | ({"headers": HEADERS} if kind == "http" else {})
+    scope = {"type": kind} | ({"headers": HEADERS, "path": "/v1/models"} if kind == "http" else {})
     asyncio.run(front.cls(app, *front.args, **front.kwargs)(scope, nothing, nothing))
-    assert seen == [{"type": kind} | ({"headers": HEADERS[:2]} if kind == "http" else {})]
+    assert seen == [scope | ({"headers": HEADERS[:2]} if kind == "http" else {})]
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "told"),
+    ("path", "status", "body", "told"),
     [
-        (404, b"Path '/v1/models' not found. Ping http://.../-/routes for available routes.", 503),
-        (404, b'{"error": {"message": "no such user"}}', 404),
-        (404, b"", 404),
-        (200, b"Path 'x' is a fine answer", 200),
+        ("/v1/models", 404, b"Path '/v1/models' not found. Ping http://.../-/routes for available routes.", 503),
+        ("/other", 404, b"Path '/other' not found. Ping http://.../-/routes for available routes.", 404),
+        ("/v1/users/x", 404, b'{"error": {"message": "no such user"}}', 404),
+        ("/v1/users/x", 404, b"", 404),
+        ("/v1/completions", 200, b"Path 'x' is a fine answer", 200),
     ],
 )
-def test_a_path_that_nobody_serves_yet_is_no_404(status: int, body: bytes, told: int) -> None:
+def test_a_path_that_nobody_serves_yet_is_no_404(path: str, status: int, body: bytes, told: int) -> None:
     async def app(scope, receive, send) -> None:  # noqa: ANN001
         await send(
             {"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body))]}
@@ -61,7 +62,7 @@ def test_a_path_that_nobody_serves_yet_is_no_404(status: int, body: bytes, told:
         sent.append(message)
 
     (front,) = middlewares()
-    asyncio.run(front.cls(app, *front.args, **front.kwargs)({"type": "http", "headers": []}, None, send))
+    asyncio.run(front.cls(app, *front.args, **front.kwargs)({"type": "http", "headers": [], "path": path}, None, send))
     assert [message["type"] for message in sent[:2]] == ["http.response.start", "http.response.body"]
     assert sent[0]["status"] == told
     whole = b"".join(message.get("body", b"") for message in sent[1:])
