@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +85,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster = Cluster(
             address=f"127.0.0.1:{port}", dashboard=f"http://127.0.0.1:{dashboard}", environment=environment
         )
-        wait_for_jobs(cluster, head)
+        wait_for_jobs(cluster, head, agent)
         yield cluster
     finally:
         if head.poll() is None:
@@ -93,21 +96,30 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def free_ports(n: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Ports that nobody listens at, and that neither the system (from 32768 on) nor Ray (up to 19999) gives to others
+    while the cluster starts: a dashboard agent that finds its port taken ends, and the cluster with it."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(20000, 32768), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+    return ports[:n]
 
 
-def wait_for_jobs(cluster: Cluster, head: subprocess.Popen[bytes]) -> None:
-    """Until the cluster takes jobs."""
+def wait_for_jobs(cluster: Cluster, head: subprocess.Popen[bytes], agent: int) -> None:
+    """Until the cluster takes jobs: its dashboard answers, and so does the agent that runs them."""
     for _ in range(12):
         assert head.poll() is None, "the head of the cluster ended before it took a job"
         listed = run_ray(["job", "list", "--address", cluster.dashboard], cluster.environment)
         if listed.returncode == 0:
+            break
+    else:
+        raise AssertionError(f"the cluster takes no jobs: {listed.stderr[-2000:]}")
+    for _ in range(240):
+        assert head.poll() is None, "the head of the cluster ended before it took a job"
+        with suppress(OSError), socket.create_connection(("127.0.0.1", agent), timeout=1):
             return
-    raise AssertionError(f"the cluster takes no jobs: {listed.stderr[-2000:]}")
+        time.sleep(0.5)
+    raise AssertionError("the cluster's agent does not listen")
 
 
 @pytest.fixture(scope="module")
