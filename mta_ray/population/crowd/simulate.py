@@ -41,7 +41,7 @@ from mta_ray.population.crowd.parts import HASH, PROGRESS, SUMMARY, CrowdPlan, r
 from mta_ray.population.crowd.quality import quality_by_cosine
 from mta_ray.population.crowd.vectors import fit_model, load_model
 from mta_ray.population.people import WorldConfig, user_name
-from mta_ray.serving.database import DatabaseConfig, open_database
+from mta_ray.serving.database import DatabaseConfig, is_there, open_database, open_existing
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.user_store import UnknownUser, UserStore
 from mta_ray.similarity.embedding import EMBEDDED
@@ -277,7 +277,7 @@ def _run(
         _clear(folder)
         if facts.get("hash") == plan.hash:
             return _Run(plan=plan, facts=facts, bare_users_per_s=None)
-    before_bytes = _store_bytes(store) if store is not None and _is_there(store) else 0
+    before_bytes = _store_bytes(store) if store is not None and is_there(DatabaseConfig(url=store)) else 0
     if store is not None:
         with closing(open_database(DatabaseConfig(url=store))) as database:
             retired = publish_anchors(database, anchors, tenant=config.tenant, path=config.bank or config.out)
@@ -406,9 +406,10 @@ def _part_users(config: SimulatePopulationConfig) -> int:
 
 def _are_stored(store: str, tenant: str, seed: int, numbers: Sequence[int]) -> list[bool]:
     """Of users of a world by their numbers, whether they are in the store."""
-    if not _is_there(store):
+    place = DatabaseConfig(url=store)
+    if not is_there(place):
         return [False] * len(numbers)
-    with closing(open_database(DatabaseConfig(url=store))) as database:
+    with closing(open_existing(place)) as database:
         users = UserStore(database)
         return [_is_known(users, UserId(tenant=tenant, id=user_name(seed, number))) for number in numbers]
 
@@ -419,10 +420,6 @@ def _is_known(users: UserStore, user: UserId) -> bool:
     except UnknownUser:
         return False
     return True
-
-
-def _is_there(store: str) -> bool:
-    return "://" in store or Path(store).exists()
 
 
 def _has_password(url: str) -> bool:
