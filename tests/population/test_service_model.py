@@ -223,6 +223,13 @@ def test_saturation_is_one_over_the_time_of_service() -> None:
     )
 
 
+def test_what_is_done_on_the_way_in_counts_towards_saturation() -> None:
+    """One CPU for all: 8 ms in the ingress and a step of 10 ms a request, whichever comes first in a crowd."""
+    pod = replace(ONE_BY_ONE, cores=1)
+    times = replace(TIMES, ingress=ProcessTime(request_ms=8.0))
+    assert saturation_per_s(pod, times, SERVED) == pytest.approx(1e3 / (8 + STEP_MS), rel=0.02)
+
+
 def test_replicas_come_after_the_delays_and_go() -> None:
     scaler = AutoscalerConfig(
         min_replicas=1, max_replicas=3, target_ongoing_requests=2.0, upscale_delay_s=5.0, downscale_delay_s=20.0,

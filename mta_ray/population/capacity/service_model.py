@@ -23,8 +23,8 @@ from mta_ray.serving.slot_table import NoFreeSlot, SlotTable, StackKey
 
 HOMES_PER_REPLICA = 1000
 """Users whose requests a replica attracts; as `_note_home` of serving/replica.py."""
-BURST = 300
-"""Requests for each replica that come at once, to see how fast a pod gets through them."""
+BUSY_REQUESTS = 300
+"""Requests for each replica that are counted, to see how fast a pod that always has more to do gets through them."""
 SLICE_MS = 1.0
 """A step lets the replica's other threads, and the machine's other processes, in between this often."""
 
@@ -132,12 +132,18 @@ def simulate_pod(
 
 
 def saturation_per_s(config: PodConfig, times: ServiceTimes, traffic: TrafficConfig) -> float:
-    """Requests a second that leave a pod which always has more to do."""
-    burst = sample_arrivals(traffic, per_s=1e6, requests=BURST * config.replicas, users=BURST, seed=0)
-    endless = replace(config, max_waiting=2 * len(burst), autoscaler=None, routing="two_choices")
-    ended = simulate_pod([replace(arrival, has_stack=False) for arrival in burst], endless, times).outcomes
+    """Requests a second that leave a pod which always has more to do: twice as many clients as it has rows, each of
+    whom asks again when it is answered. (A crowd that comes all at once would have its way in behind it too soon.)"""
+    clients = 2 * config.max_requests * config.replicas
+    count = BUSY_REQUESTS * config.replicas + 2 * clients
+    asked = [
+        replace(arrival, at_s=0.0, has_stack=False)
+        for arrival in sample_arrivals(traffic, per_s=1.0, requests=count, users=BUSY_REQUESTS, seed=0)
+    ]
+    endless = replace(config, max_waiting=clients, autoscaler=None, routing="two_choices")
+    ended = simulate_pod(asked[:clients], endless, times, then=asked[clients:]).outcomes
     ends_ms = sorted(outcome.arrival.at_s * 1e3 + outcome.total_ms for outcome in ended)
-    middle = ends_ms[len(ends_ms) // 10 : len(ends_ms) * 8 // 10]  # not while the pod fills, or runs empty
+    middle = ends_ms[clients : len(ends_ms) - clients]  # not while the pod fills, or runs empty
     return (len(middle) - 1) / (middle[-1] - middle[0]) * 1e3
 
 
