@@ -67,6 +67,7 @@ def test_the_report_is_made_of_its_figures_alone(tmp_path: Path) -> None:
         "loads": [
             {"share": 0.5, "per_s": 5.0, "others_cpus": 0.1}
             | compare([], [{"status": 200, "ttft_ms": 1.0, "total_ms": 2.0}, {"status": 503}])
+            | {"each_run": dict.fromkeys(("ttft_ms_p50", "ttft_ms_p99", "total_ms_p50", "total_ms_p99"), [1.0, 3.0])}
         ],
         "calibration": {"one_at_a_time": [{"tokens": 4, "simulated_total_ms": 9.0, "total_ms_p50": 8.0}]},
         "engine": {"fit": {"samples": 9, "error_p50": 0.01, "error_p95": 0.05}},
@@ -78,6 +79,7 @@ def test_the_report_is_made_of_its_figures_alone(tmp_path: Path) -> None:
     assert len(sections(report)) == 3 and len(tables(report)) == 1
     report = json.loads(json.dumps(report | {"validation": validation}))
     assert [section.title for section in sections(report)][-1] == "Predicted against measured"
+    assert "50%: 1/3, 1/3, 1/3, 1/3" in " ".join(sections(report)[-1].notes)
     assert len(tables(report)) == 2
 
 

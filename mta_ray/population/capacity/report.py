@@ -136,6 +136,10 @@ def _validation_section(validation: Mapping[str, Any]) -> Section:
         f"{run['tokens']:.0f} tokens {run['simulated_total_ms']:.0f} / {run['total_ms_p50']:.0f} ms" for run in alone
     )
     others = ", ".join(f"{load['others_cpus']:.1f}" for load in loads)
+    apart = "; ".join(
+        f"{load['share']:.0%}: " + ", ".join("/".join(f"{ms:.0f}" for ms in load["each_run"][clock]) for clock in CLOCKS)
+        for load in loads
+    )
     return Section(
         title="Predicted against measured",
         lead=f"{right} of {len(ratios)} percentiles of a live service are predicted within {WITHIN:.0%}.",
@@ -147,6 +151,7 @@ def _validation_section(validation: Mapping[str, Any]) -> Section:
             "alone and a few ask at once, each waiting for its answer, and the arrivals.",
             f"Loads are shares of {validation['can_per_s']:.1f} requests/s, which the model says this service can do. "
             f"Other programs took {others} CPUs meanwhile, which the model is told.",
+            f"What was measured is all runs of a load together. Each run by itself, ms, in the order above: {apart}.",
             f"Step fit: {fit['samples']} mixtures, error p50 {fit['error_p50']:.1%}, p95 {fit['error_p95']:.1%}. "
             f"One at a time, simulated / measured: {shown}.",
         ],
