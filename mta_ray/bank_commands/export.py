@@ -18,7 +18,7 @@ from mta_ray.personalize.merge_then_adapt import fused_adapter
 from mta_ray.pipeline.adapt_users import KIND, read_states
 from mta_ray.serving.banks import Banks
 from mta_ray.serving.database import DatabaseConfig, open_existing
-from mta_ray.serving.identity import UserId
+from mta_ray.serving.identity import DEFAULT_TENANT, UserId
 from mta_ray.serving.served_bank import ServedBank
 from mta_ray.serving.user_state import ANY_BANK, UserStack
 from mta_ray.serving.user_store import UnknownUser, UserStore
@@ -38,7 +38,7 @@ class ExportConfig(BankPlace):
     """The `user-states` artifact of adapt-users."""
     database: str | None = None
     """Or the service's store, a file or URL, in which this bank is published."""
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     """Whose user it is, in `database`."""
     fusion: FusionConfig = field(default_factory=lambda: FusionConfig(k=4, temperature=0.1))
     """How the service weighs anchors, for a user of `database` whose route is not kept."""

@@ -115,7 +115,7 @@ class MethodSettings:
     search: SearchConfig = field(default_factory=SearchConfig)
     """Of `prime`."""
     shrinkage: float = 4.0
-    """Of `mta_shrunk`, in history items: with so many the fused anchors have half of their strength."""
+    """Of that ablation, in history items: with so many the fused anchors have half of their strength."""
 
 
 def recipes(settings: MethodSettings) -> dict[str, Recipe]:
@@ -139,8 +139,6 @@ def recipes(settings: MethodSettings) -> dict[str, Recipe]:
         Recipe(name="mta", bank=own, fusion=fusion, own=stack),
         Recipe(name="mta_coefficients", bank=own, fusion=fusion, coefficients=settings.coefficients),
         Recipe(name="mta_learned_route", bank=own, fusion=fusion, coefficients=settings.learned_route),
-        Recipe(name="mta_cover", bank=BankRecipe(choice="cover"), fusion=fusion, own=stack),
-        Recipe(name="mta_shrunk", bank=own, fusion=replace(fusion, shrinkage=settings.shrinkage), own=stack),
         Recipe(name="oracle", control="oracle", rag="never"),
     ]
     return {recipe.name: recipe for recipe in found}
@@ -158,6 +156,7 @@ def ablations(settings: MethodSettings, *, encoders: Sequence[str] = ()) -> list
     for factor in (0.5, 2.0):
         temperature = fusion.temperature * factor
         changes[f"temperature={temperature:g}"] = replace(mta, fusion=replace(fusion, temperature=temperature))
+    changes[f"shrinkage={settings.shrinkage:g}"] = replace(mta, fusion=replace(fusion, shrinkage=settings.shrinkage))
     changes["fusion=linear with shares"] = replace(mta, fusion=replace(fusion, mode="linear"))
     changes["fusion=svd"] = replace(mta, fusion=replace(fusion, mode="svd"))
     changes["own A"] = replace(mta, bank=replace(own, shared_init=False))

@@ -32,8 +32,6 @@ METHODS = {
     "mta": "merged, then a small stack trained on the history",
     "mta_coefficients": "merged, then a scale for each merged direction",
     "mta_learned_route": "merged, then a weight for each layer and anchor",
-    "mta_cover": "as mta, anchors chosen to cover users",
-    "mta_shrunk": "as mta, merged more weakly where history is short",
     "oracle": "the best possible answer (simulated users)",
 }
 """Method names in the order of tables, each in a few words; any other method comes after these."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from itertools import takewhile
 from typing import Any
 
 from matplotlib import rc_context
@@ -28,11 +28,11 @@ from mta_ray.personalize.base_model import open_base
 from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
-from mta_ray.pipeline.prepare_users import read_users
-from mta_ray.pipeline.split import SplitConfig, split_users
+from mta_ray.pipeline.split import SplitConfig, check_same_line, tested_of
 from mta_ray.population.judge import BARE, JudgeConfig, Question, gain, judge
 from mta_ray.population.people import WorldConfig
 from mta_ray.population.synthesize import SimulateUsersConfig, simulate_users
+from mta_ray.settings import settings_of
 
 log = logging.getLogger(__name__)
 KIND = "drift"
@@ -67,7 +67,7 @@ class DriftConfig:
     embed: EmbedUsersConfig = field(default_factory=EmbedUsersConfig)
     """How histories are encoded. Paths and the cluster are set by the run as a whole."""
     build: BuildBankConfig = field(default_factory=BuildBankConfig)
-    """How a bank is built anew; as the first one was, so that the difference is the drift's."""
+    """How a bank is built anew. Left alone: as the first one was, so that the difference is the drift's."""
     workers: ActorConfig = field(default_factory=ActorConfig)
     """The actors."""
     force: bool = False
@@ -88,12 +88,12 @@ def simulate_drift(config: DriftConfig) -> str:
     artifact = open_artifact(config.users, kind="users", verify=False)
     if not artifact.facts.get("is_simulated"):
         raise ValueError(f"{config.users} holds no simulated users: the tastes of real ones are not known to change")
-    base = open_base(config.base)
-    inputs = {
-        "users": artifact.hash,
-        "base": base.hash,
-        "bank": open_artifact(config.bank, kind="bank", verify=False).hash,
-    }
+    base, bank = open_base(config.base), open_artifact(config.bank, kind="bank", verify=False)
+    for kind, taught in (("base", open_artifact(config.base, kind="base", verify=False)), ("bank", bank)):
+        check_same_line(config.split, taught.settings.get("split"), kind)
+    if config.build == BuildBankConfig():
+        config = replace(config, build=settings_of(BuildBankConfig, bank.settings, source=config.bank))
+    inputs = {"users": artifact.hash, "base": base.hash, "bank": bank.hash}
     left_out = ("users", "base", "bank", "out", "force", "cluster")
     settings = {k: v for k, v in jsonable(config).items() if k not in left_out}
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
@@ -173,26 +173,27 @@ def _look(config: DriftConfig, made: SimulateUsersConfig, week: int, before: lis
 def _tested(config: DriftConfig, users: str, home: str) -> list[User]:
     """The tested users of a week, by id: the same in every week. Embeds everybody, as a bank needs it."""
     vectors = embed_users(replace(config.embed, users=users, out=f"{home}/embeddings", cluster=config.cluster))
-    table = read_embeddings(Path(vectors))
-    tested = split_users(table.user_ids, table.items, table.queries, config.split).tested
-    wanted = {table.user_ids[row] for row in tested}
-    return sorted((user for user in read_users(users) if user.id in wanted), key=lambda user: user.id)
+    return tested_of(users, read_embeddings(vectors), config.split)
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:
-    """When fresh history is worth the routing, and when a new bank is: the first week whose interval excludes 0."""
+    """When fresh history is worth the routing, and when a new bank is: from which week on all intervals exclude 0."""
     said = []
     for line, action in ((FRESH, "routing users anew by fresh history"), (REBUILT, "building the bank anew")):
-        rows = [row for row in report["rows"] if row["line"] == line and row["gain_low"] > 0]
-        tried = [str(row["week"]) for row in report["rows"] if row["line"] == line]
-        if rows:
-            first = rows[0]
+        rows = [row for row in report["rows"] if row["line"] == line]
+        tried = ", ".join(str(row["week"]) for row in rows)
+        some = ", ".join(str(row["week"]) for row in rows if row["gain_low"] > 0)
+        lasting = list(reversed(list(takewhile(lambda row: row["gain_low"] > 0, reversed(rows)))))
+        if lasting:
+            first = lasting[0]
             said.append(
                 f"From week {first['week']} on {action} pays: {first['gain']:+.3f} "
                 f"[{first['gain_low']:+.3f}, {first['gain_high']:+.3f}]."
             )
-        elif tried:
-            said.append(f"In no week that was looked at ({', '.join(tried)}) {action} can be told from not doing so.")
+        elif some:
+            said.append(f"In week {some} of those that were looked at ({tried}) {action} paid, and later not.")
+        elif rows:
+            said.append(f"In no week that was looked at ({tried}) {action} can be told from not doing so.")
     return said
 
 

@@ -115,8 +115,8 @@ class _Judge:
         self.wording = base.wording
         self.banks: dict[str, Bank] = {}
         self.shelves: set[str] = set()
-        self.means: dict[tuple[str | None, int], np.ndarray] = {}
-        self.encoder: Encoder | None = None
+        self.means: dict[tuple[str | None, int, str], np.ndarray] = {}
+        self.encoders: dict[str, Encoder] = {}
         self.prompts = [example.prompt for user in users for example in self.wording.queries(user)]
 
     def ask(self, question: Question) -> list[dict[str, Any]]:
@@ -169,10 +169,12 @@ class _Judge:
         return name
 
     def _means(self, known: str | None, items: int, bank: Bank) -> np.ndarray:
-        """(users, dim): users' mean item vectors, of so many of their latest items."""
-        if (known, items) not in self.means:
+        """(users, dim): users' mean item vectors, of so many of their latest items, by the bank's encoder."""
+        key = known, items, bank.encoder
+        if key not in self.means:
             users = self.known[known] if known else self.users
-            self.encoder = self.encoder or Encoder(bank.encoder, device=self.config.workers.device)
+            if bank.encoder not in self.encoders:
+                self.encoders[bank.encoder] = Encoder(bank.encoder, device=self.config.workers.device)
             texts = [item_texts(user, items, self.config.max_words) for user in users]
-            self.means[known, items] = self.encoder.embed_users(texts)
-        return self.means[known, items]
+            self.means[key] = self.encoders[bank.encoder].embed_users(texts)
+        return self.means[key]

@@ -26,8 +26,7 @@ from mta_ray.lora.slots import Route
 from mta_ray.personalize.base_model import open_base
 from mta_ray.pipeline.actors import ActorConfig
 from mta_ray.pipeline.embed_users import read_embeddings
-from mta_ray.pipeline.prepare_users import read_users
-from mta_ray.pipeline.split import SplitConfig, split_users
+from mta_ray.pipeline.split import SplitConfig, check_same_line, tested_of
 from mta_ray.population.judge import BARE, JudgeConfig, Question, gain, judge, spread
 
 log = logging.getLogger(__name__)
@@ -68,11 +67,9 @@ class WhatIfConfig:
     rank: tuple[int, ...] = (1, 2, 4, 8)
     """Of each anchor's LoRA, after truncation."""
     history: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Latest items of a user that are known."""
+    """Latest items of a user that are known; elsewhere as many as in the embeddings."""
     split: SplitConfig = field(default_factory=lambda: SplitConfig(max_few_shot=48, max_rest=8))
     """Who is tested."""
-    max_words: int = 64
-    """Words of each item that are encoded; as in embed-users."""
     workers: ActorConfig = field(default_factory=ActorConfig)
     """The actors."""
     force: bool = False
@@ -108,15 +105,15 @@ def simulate_what_if(config: WhatIfConfig) -> str:
         log.info("what-if: %s is current, nothing to do", config.out)
         return config.out
 
-    tested = split_users(embeddings.user_ids, embeddings.items, embeddings.queries, config.split).tested
-    wanted = {embeddings.user_ids[row] for row in tested}
-    people = [user for user in read_users(config.users) if user.id in wanted]
-    max_items = max((24, *config.history))
+    for path, kind in ((config.base, "base"), (config.bank, "bank")):
+        check_same_line(config.split, open_artifact(path, kind=kind, verify=False).settings.get("split"), kind)
+    people = tested_of(config.users, embeddings, config.split)
+    encoded = open_artifact(config.embeddings, kind="embeddings", verify=False).settings
     asked = questions(config, bank)
     with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         how = JudgeConfig(
-            base=config.base, bank=config.bank, max_items=max_items, max_words=config.max_words, workers=config.workers,
-            cluster=config.cluster,
+            base=config.base, bank=config.bank, max_items=encoded["max_items"], max_words=encoded["max_words"],
+            workers=config.workers, cluster=config.cluster,
         )  # fmt: skip
         bare = Question(name=BARE, fusion=None)
         scores = judge(how, [bare, *asked.values()], people)

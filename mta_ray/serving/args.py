@@ -9,7 +9,7 @@ from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.model.settings import EngineConfig
 from mta_ray.personalize.train_config import TrainConfig
 from mta_ray.serving.database import STORE, DatabaseConfig
-from mta_ray.serving.identity import TENANT_CHARS_MAX, check_name
+from mta_ray.serving.identity import DEFAULT_TENANT, TENANT_CHARS_MAX, check_name
 from mta_ray.serving.schema import Limits
 from mta_ray.serving.stack_queue import QueueConfig
 from mta_ray.serving.user_store import HistoryLimits
@@ -53,7 +53,7 @@ class ServingArgs:
     """Where users, keys and banks are kept: a SQLite file, or postgresql://user@host/name (password in PGPASSWORD)."""
     model_name: str = "mta"
     """What clients pass as `model`."""
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     """Whose users the bank's anchors are, and whose requests come without a key while there are no keys."""
     wording: Literal["task", "chat"] = "task"
     """How a chat becomes a prompt. `task`: its last user message is the question, worded as in training; `chat`: the

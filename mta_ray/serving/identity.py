@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+DEFAULT_TENANT = "default"
+"""Of users, and of banks' anchors, where nobody says otherwise."""
 TENANT_CHARS_MAX = 64
 ID_CHARS_MAX = 256
 """Four bytes each at most: together with the tenant it fits an index entry of PostgreSQL (2,700 bytes)."""

@@ -23,6 +23,7 @@ from mta_ray.serving.app import build_app
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.banks import Banks
 from mta_ray.serving.database import STORE, Database, DatabaseConfig, is_path, is_there, open_database
+from mta_ray.serving.identity import DEFAULT_TENANT
 from mta_ray.serving.keys import Keys
 from mta_ray.serving.served_bank import describe
 
@@ -73,7 +74,7 @@ class PublishBankConfig:
     """The `base` artifact that the service holds."""
     store: str = STORE
     """The service's store."""
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     """Whose users the bank's anchors are."""
     version: str | None = None
     """Its name, in the header of every answer; none: the beginning of the artifact's hash."""

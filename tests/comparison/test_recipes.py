@@ -27,7 +27,7 @@ def test_an_ablation_changes_one_thing_of_mta_and_no_other() -> None:
         changed[recipe.name] = set(differing(mta, recipe)) - {"name", "rag"}
     one = {name for what in changed.values() for name in what}
     assert one == {"anchors", "k", "temperature", "mode", "shared_init", "is_taught", "rank", "alpha", "steps"} | {
-        "encoder", "choice",
+        "encoder", "choice", "shrinkage",
     }  # fmt: skip
     # α goes with the rank, so that the scale stays
     assert [len(what) for what in changed.values()] == [2 if "alpha" in what else 1 for what in changed.values()]

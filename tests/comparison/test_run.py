@@ -39,12 +39,11 @@ from mta_ray.population.people import WorldConfig
 from mta_ray.similarity.embedding import Encoder
 
 FEW = TrainConfig(rank=1, alpha=2.0, steps=2, examples_per_step=2, learning_rate=1e-1)
-ALL_BUT_ONE = tuple(method for method in METHODS if method != "mta_cover")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, ray_local, tiny_model) -> BenchmarkConfig:
-    """All methods but one, which has a bank of its own, on five simulated users; a random base model of two layers."""
+    """All methods on five simulated users; a random base model of two layers."""
     folder = tmp_path_factory.mktemp("benchmark")
     backbone = tiny_model()
     backbone.model.save_pretrained(folder / "model")
@@ -66,7 +65,7 @@ def config(tmp_path_factory, ray_local, tiny_model) -> BenchmarkConfig:
         out=str(folder / "out"),
         workers=ActorConfig(actors=1),
         materials=materials,
-        methods=ALL_BUT_ONE,
+        methods=tuple(METHODS),
         settings=settings,
         seeds=(3,),
         budgets=("0", "3", "all"),
@@ -80,9 +79,9 @@ def test_every_method_has_answered_every_question_at_its_budgets(config) -> None
     questions = len(results.drop_duplicates(["user_id", "query_id"]))
     cells = results.groupby(["method", "rag", "budget"]).size()
     assert set(cells) == {questions} and questions >= 8
-    assert set(results["method"]) == set(ALL_BUT_ONE)
+    assert set(results["method"]) == set(METHODS)
     with_rag = {method for method, rag, _ in cells.index if rag}
-    assert with_rag == set(ALL_BUT_ONE) - {"non_personalised", "majority_label", "nearest_item", "oracle"}
+    assert with_rag == set(METHODS) - {"non_personalised", "majority_label", "nearest_item", "oracle"}
     assert {method for method, _, budget in cells.index if budget == "3"} == set(config.budget_methods)
 
     # without an item nobody is anybody: what is trained for a user is the base model

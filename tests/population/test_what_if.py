@@ -8,17 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mta_ray.benchmarks.marked_users import TASTES, make_bank, make_base, plain_answer, tiny_llama
+from mta_ray.benchmarks.marked_users import make_bank, make_base, plain_answer, tiny_llama
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter
 from mta_ray.lora.fusion import fuse
 from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.personalize.base_model import open_base
 from mta_ray.pipeline.actors import ActorConfig
+from mta_ray.pipeline.embed_users import item_texts
 from mta_ray.population.drift import FRESH, REBUILT, STALE, findings
 from mta_ray.population.judge import BARE, JudgeConfig, Question, judge, spread
 from mta_ray.population.people import WorldConfig, simulate_user
 from mta_ray.population.what_if import WhatIfConfig, questions, sections
+from mta_ray.similarity.embedding import Encoder
 
 NEAREST = FusionConfig(k=1)
 
@@ -61,7 +63,7 @@ def test_each_question_is_answered_by_the_adapters_that_it_leaves(ray_local: Non
         Question(name="one anchor", fusion=NEAREST, anchors=(4,)),
         Question(name="one anchor, rank 2", fusion=NEAREST, anchors=(4,), rank=2),
         Question(name="by others", fusion=NEAREST, known="others"),
-        Question(name="as others", fusion=NEAREST),
+        Question(name="by themselves", fusion=NEAREST),
     ]
     others = users[::-1]
     scores = judge(how, asked, users, {"others": others})
@@ -79,16 +81,17 @@ def test_each_question_is_answered_by_the_adapters_that_it_leaves(ray_local: Non
     assert found["one anchor, rank 2"] == said(cut)
     assert found["one anchor, rank 2"] != found["one anchor"] != found[BARE]
 
-    # Routed by somebody else's history, a user is answered by that one's anchor.
-    swapped = judge(how, [Question(name="as others", fusion=NEAREST)], others)
+    # Routed by somebody else's history, a user is answered by that one's anchor: the nearest to it by plain cosines.
+    encoder = Encoder(bank.encoder)
+    near = {}
     for user in users:
-        rows = swapped[swapped["user_id"] == user.id]["prediction"].to_list()
-        assert (
-            rows == scores[(scores["method"] == "as others") & (scores["user_id"] == user.id)]["prediction"].to_list()
-        )
-    assert len(TASTES) > 1 and set(found["by others"]) <= set(
-        text for anchor in range(len(bank)) for text in said(bank.adapter(anchor))
-    )
+        mean = encoder.embed_users([item_texts(user, 8, 32)])[0] - bank.center
+        near[user.id] = int((bank.embeddings @ mean).argmax())
+    of_anchor = [said(bank.adapter(anchor)) for anchor in range(len(bank))]
+    for name, owners in (("by themselves", users), ("by others", others)):
+        anchors = [near[owner.id] for user, owner in zip(users, owners, strict=True) for _ in user.queries]
+        assert found[name] == [of_anchor[anchor][place] for place, anchor in enumerate(anchors)], name
+    assert found["by themselves"] != found["by others"]
 
 
 def test_what_is_varied_never_exceeds_the_bank(tmp_path: Path) -> None:
@@ -126,4 +129,8 @@ def test_drift_is_told_by_the_first_week_whose_interval_excludes_zero() -> None:
     rows = [row(0, STALE, 0.1), row(4, FRESH, -0.01), row(8, FRESH, 0.02), row(16, FRESH, 0.04), row(8, REBUILT, -0.02)]
     said = findings({"rows": rows})
     assert said[0].startswith("From week 8 on routing users anew")
+    by_chance = [row(4, FRESH, 0.01), row(8, FRESH, 0.02), row(16, FRESH, -0.04)]
+    assert findings({"rows": by_chance}) == [
+        "In week 4, 8 of those that were looked at (4, 8, 16) routing users anew by fresh history paid, and later not."
+    ]
     assert said[1] == "In no week that was looked at (8) building the bank anew can be told from not doing so."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.personalize.merge_then_adapt import encode
 from mta_ray.serving.banks import Banks, NewBank
 from mta_ray.serving.database import Database
-from mta_ray.serving.identity import UserId
+from mta_ray.serving.identity import DEFAULT_TENANT, UserId
 from mta_ray.similarity.anchors import choose_anchors
 from mta_ray.similarity.neighbours import nearest
 
@@ -39,8 +39,15 @@ class Anchors:
     base_fingerprint: str = ""
     is_bank: bool = False
     """Whether there are adapters behind them."""
+    named: tuple[UserId, ...] = ()
+    """Their names in the store; none: there is no store."""
     retired: tuple[int, ...] = ()
-    """Slots out of service."""
+    """Slots out of service there."""
+
+    @property
+    def in_service(self) -> ndarray:
+        """The other slots, ascending."""
+        return np.array([slot for slot in range(len(self.ids)) if slot not in self.retired], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +104,7 @@ def route_many(
     vectors: Float[ndarray, "users dim"], anchors: Anchors, fusion: FusionConfig, items: Int[ndarray, " users"]
 ) -> Routes:
     """The k nearest anchors of each user and their weights; every user has a history (no vector is zero)."""
-    in_service = np.array([slot for slot in range(len(anchors.ids)) if slot not in anchors.retired])
+    in_service = anchors.in_service
     if not len(in_service):
         raise ValueError(f"all {len(anchors.ids)} anchors of the bank are out of service; build it again")
     found = nearest(vectors, anchors.embeddings[in_service], min(fusion.k, len(in_service)))
@@ -114,12 +121,15 @@ def route_many(
     return Routes(slots=in_service[found.indices], weights=weights, cosines=found.similarities)
 
 
-def publish_anchors(database: Database, anchors: Anchors, *, tenant: str, path: str) -> tuple[int, ...]:
-    """Make the anchors known to a store, so that routes can name them; the slots that are out of service there.
+def publish_anchors(database: Database, anchors: Anchors, *, tenant: str, path: str) -> Anchors:
+    """Make the anchors known to a store, so that routes can name them: how they are named there, and who is retired.
 
-    A bank is activated where none is; anchors without adapters never are: no service could load them.
+    A bank's are users of the tenant that it was published with, before or (`mta serve` and `mta bank publish` go by its
+    name) by them; where it is new here, of the service's own. Others are users of `tenant`. A bank is activated where
+    none is; anchors without adapters never are: no service could load them.
     """
     banks = Banks(database)
+    tenant = DEFAULT_TENANT if anchors.is_bank else tenant
     banks.publish(
         NewBank(
             version=anchors.version,
@@ -132,4 +142,5 @@ def publish_anchors(database: Database, anchors: Anchors, *, tenant: str, path: 
     )
     if anchors.is_bank and banks.active() is None:
         banks.activate(anchors.version)
-    return tuple(sorted(banks.get(anchors.version).retired_slots))
+    known = banks.get(anchors.version)
+    return replace(anchors, named=known.bank.anchors, retired=tuple(sorted(known.retired_slots)))

@@ -15,7 +15,11 @@ from mta_ray.population.crowd.parts import BINS
 
 @rc_context(STYLE)
 def growth_chart(growth: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Time a user and the largest process over the number of users; one size makes no line."""
+    """Time a user and the largest process over the number of users; one size makes no line.
+
+    What a run needed that went on after a stop is of a rest of its users, and left out.
+    """
+    growth = [one for one in growth if not one["is_resumed"]]
     if len(growth) < 2:
         return None
     figure = Figure(figsize=(7, 2.8), layout="constrained")

@@ -6,6 +6,7 @@ A part is one block from beginning to end. It is done when its Parquet file is t
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ SUMMARY, HASH = b"summary", b"hash"
 STORE_USERS = 5000
 """Users of one transaction."""
 BUSY_TIMEOUT_S = 60.0
+CPUS = 0.5
+"""Of a task: two at once on each."""
 
 _ITEM = pa.struct([("id", pa.string()), ("content", pa.string()), ("target", pa.string())])
 
@@ -88,22 +91,29 @@ def run_parts(plan: CrowdPlan, parts: Sequence[int], board: ActorHandle) -> None
     if not parts:
         return
     rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
-    shared: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True, "num_cpus": 0.5}
-    tasks = ray.data.TaskPoolStrategy(size=plan.workers)
+    # SQLite has one writer, a second one would only wait for it; files alone are little work.
+    sinks = plan.workers if plan.store is not None and plan.store.startswith("postgres") else 1
+    encoders = plan.workers if plan.model is None else 0
+    shared: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    of_tasks = shared | {"num_cpus": CPUS, "compute": ray.data.TaskPoolStrategy(size=plan.workers)}
+    of_actors = shared | {"num_cpus": cpus_each(encoders + sinks)}
     if plan.model is not None:
-        rows = rows.map_batches(draw_part, fn_args=(plan,), compute=tasks, **shared)
+        rows = rows.map_batches(draw_part, fn_args=(plan,), **of_tasks)
     else:
-        pool = ray.data.ActorPoolStrategy(size=plan.workers)
-        rows = rows.map_batches(make_part, fn_args=(plan,), compute=tasks, **shared)
-        rows = rows.map_batches(EncodePart, fn_constructor_args=(plan,), compute=pool, **shared)
-    rows = rows.map_batches(route_part, fn_args=(plan,), compute=tasks, **shared)
-
-    # SQLite has one writer; a second one would only wait for it.
-    is_single = plan.store is not None and not plan.store.startswith("postgres")
-    sinks = ray.data.ActorPoolStrategy(size=1 if is_single else plan.workers)
-    done = rows.map_batches(StorePart, fn_constructor_args=(plan, board), compute=sinks, **shared)
+        pool = ray.data.ActorPoolStrategy(size=encoders)
+        rows = rows.map_batches(make_part, fn_args=(plan,), **of_tasks)
+        rows = rows.map_batches(EncodePart, fn_constructor_args=(plan,), compute=pool, **of_actors)
+    rows = rows.map_batches(route_part, fn_args=(plan,), **of_tasks)
+    writers = ray.data.ActorPoolStrategy(size=sinks)
+    done = rows.map_batches(StorePart, fn_constructor_args=(plan, board), compute=writers, **of_actors)
     for _ in done.iter_batches(batch_size=None):
         pass
+
+
+def cpus_each(actors: int) -> float:
+    """CPUs that each of so many actors holds: they stay for the whole job, and a task must find room beside them."""
+    room = float(ray.cluster_resources().get("CPU", 1.0)) - CPUS
+    return min(CPUS, max(math.floor(room / actors * 1e4) / 1e4, 0.0))
 
 
 def draw_part(batch: pa.Table, plan: CrowdPlan) -> pa.Table:
@@ -188,7 +198,6 @@ class StorePart:
         if plan.store is not None:
             config = DatabaseConfig(url=plan.store, connections=1, busy_timeout_s=BUSY_TIMEOUT_S)
             self.store = UserStore(open_database(config))
-        self.anchors = [UserId(tenant=plan.tenant, id=name) for name in plan.anchors.ids]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         part = int(batch["part"][0].as_py())
@@ -256,7 +265,7 @@ class StorePart:
                 assert texts is not None
                 history = [HistoryItem(**item) for item in texts[row]]
             route = UserRoute(
-                anchors=tuple(self.anchors[slot] for slot in slots[row]),
+                anchors=tuple(plan.anchors.named[slot] for slot in slots[row]),
                 weights=tuple(weights[row]),
                 bank_version=plan.anchors.version,
                 history_version=0,
@@ -280,7 +289,7 @@ class StorePart:
 
     def _figures(self, batch: pa.Table) -> dict[str, Any]:
         slots, weights, cosines = (vectors_of(batch[name]) for name in ("slots", "weights", "cosines"))
-        anchors = len(self.anchors)
+        anchors = len(self.plan.anchors.ids)
         return {
             "nearest": np.bincount(slots[:, 0], minlength=anchors).tolist(),
             "load": np.bincount(slots.ravel(), weights.ravel().astype(np.float64), minlength=anchors).tolist(),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
 
 from mta_ray.artifacts import open_artifact
 from mta_ray.evaluation.sections import FIGURES
@@ -21,33 +24,55 @@ BANDS = 5
 USERS_IN_A_BAND = 5
 
 
-def quality_by_cosine(
-    report: str, evaluated: str, anchors: Anchors, histogram: Sequence[int], *, method: str
-) -> dict[str, Any]:
-    """Bands of similarity with the quality of evaluated users and the population's share, and the mean over them."""
-    # 1. the same users, the same bank
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """Users of an evaluation, and how well they were answered."""
+
+    method: str
+    metric: str
+    means: Float[ndarray, "users dim"]
+    scores: Float[ndarray, " users"]
+    """Mean over each user's queries; higher is better."""
+
+
+def read_evaluated(
+    report: str, evaluated: str, *, bank_hash: str, method: str, task: str, max_items: int, max_words: int
+) -> Evaluated:
+    """Who was evaluated. Raises ValueError where that was with another bank, of another task, or of other texts."""
     artifact, embeddings = open_artifact(report, kind="report"), read_embeddings(evaluated)
     if artifact.inputs.get("embeddings") != embeddings.hash:
         raise ValueError(f"{report} is of other embeddings than {evaluated}; give those that it was made with")
-    if artifact.inputs.get("bank") != anchors.hash:
+    if artifact.inputs.get("bank") != bank_hash:
         raise ValueError(f"{report} is of another bank than the one given; give the bank that it was made with")
+    encoded = open_artifact(evaluated, kind="embeddings", verify=False).settings
+    for name, wanted in (("max_items", max_items), ("max_words", max_words)):
+        if encoded.get(name, wanted) != wanted:
+            raise ValueError(
+                f"{evaluated} was encoded with {name} {encoded[name]} and the population with {wanted}: their cosines "
+                f"do not compare; give --{name.replace('_', '-')} {encoded[name]}"
+            )
     summary = json.loads((artifact.path / FIGURES).read_text())
+    if summary["task"] != task:
+        raise ValueError(f"{report} is of the task {summary['task']}, the population of {task}; give --world.task")
     predictions = pd.read_parquet(artifact.path / "predictions.parquet")
     rows = predictions[predictions["method"] == method]
     if not len(rows):
         raise ValueError(f"{report} has no method {method!r}; choose one of {', '.join(summary['methods'])}")
 
-    # 2. each evaluated user's score and similarity
     sign = 1.0 if summary["higher_is_better"] else -1.0
     scores = sign * rows.groupby("user_id")["score"].mean()
     place = {user_id: row for row, user_id in enumerate(embeddings.user_ids)}
-    vectors = encode(embeddings.means[[place[user_id] for user_id in scores.index]], anchors.center)
-    cosines = nearest(vectors, anchors.embeddings, 1).similarities[:, 0]
-    return {
-        "method": method,
-        "metric": summary["primary"],
-        **expected_quality(cosines, scores.to_numpy(), np.asarray(histogram)),
-    }
+    means = embeddings.means[[place[user_id] for user_id in scores.index]]
+    return Evaluated(method=method, metric=summary["primary"], means=means, scores=scores.to_numpy())
+
+
+def quality_by_cosine(evaluated: Evaluated, anchors: Anchors, histogram: Sequence[int]) -> dict[str, Any]:
+    """Bands of similarity to the nearest anchor in service, with the quality of evaluated users and the population's
+    share, and the mean over them."""
+    vectors = encode(evaluated.means, anchors.center)
+    cosines = nearest(vectors, anchors.embeddings[anchors.in_service], 1).similarities[:, 0]
+    named = {"method": evaluated.method, "metric": evaluated.metric}
+    return named | expected_quality(cosines, evaluated.scores, np.asarray(histogram))
 
 
 def expected_quality(cosines: np.ndarray, scores: np.ndarray, histogram: np.ndarray) -> dict[str, Any]:

@@ -165,10 +165,10 @@ def _store(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _load(summaries: Sequence[Mapping[str, Any]], anchors: Anchors) -> dict[str, Any]:
-    nearest = np.sum([part["nearest"] for part in summaries], axis=0)
-    load = np.sum([part["load"] for part in summaries], axis=0)
+    nearest = np.sum([part["nearest"] for part in summaries], axis=0)[anchors.in_service]
+    load = np.sum([part["load"] for part in summaries], axis=0)[anchors.in_service]
     return {
-        "count": len(anchors.ids),
+        "count": len(anchors.in_service),
         "are_of_a_bank": anchors.is_bank,
         "retired": len(anchors.retired),
         "users": nearest.tolist(),

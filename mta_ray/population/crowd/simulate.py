@@ -33,12 +33,13 @@ from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.object_store import is_remote
 from mta_ray.pipeline.memory import watch_memory
 from mta_ray.pipeline.progress import follow, open_board
+from mta_ray.population import words
 from mta_ray.population.crowd import report as crowd_report
 from mta_ray.population.crowd import sample as crowd_sample
 from mta_ray.population.crowd.anchors import Anchors, anchors_of_bank, anchors_of_sample, publish_anchors
 from mta_ray.population.crowd.bare import bare_users_per_s
 from mta_ray.population.crowd.parts import HASH, PROGRESS, SUMMARY, CrowdPlan, run_parts
-from mta_ray.population.crowd.quality import quality_by_cosine
+from mta_ray.population.crowd.quality import quality_by_cosine, read_evaluated
 from mta_ray.population.crowd.vectors import fit_model, load_model
 from mta_ray.population.people import WorldConfig, user_name
 from mta_ray.serving.database import DatabaseConfig, is_there, open_database, open_existing
@@ -146,6 +147,8 @@ def simulate_population(config: SimulatePopulationConfig) -> str:
     kinds = {"bank": "bank", "report": "report", "evaluated": "embeddings"}
     inputs = {name: open_artifact(getattr(config, name), kind=kinds[name], verify=False).hash for name in named}
     settings = {k: v for k, v in jsonable(config).items() if k not in ("out", "force", "cluster", "workers", *kinds)}
+    if config.world.task in words.EDITIONS:
+        settings["edition"] = words.EDITIONS[config.world.task]
     is_there = is_current(config.out, kind=KIND, settings=settings, inputs=inputs)
     if not config.force and is_there and _is_stored(config):
         log.info("population: %s is current, nothing to do", config.out)
@@ -164,6 +167,12 @@ def simulate_population(config: SimulatePopulationConfig) -> str:
 
 def _make(config: SimulatePopulationConfig, settings: dict, inputs: dict[str, str], work: Path) -> dict[str, Any]:
     """Publish it; its report."""
+    evaluated = None
+    if config.report is not None and config.evaluated is not None:
+        evaluated = read_evaluated(
+            config.report, config.evaluated, bank_hash=inputs["bank"], method=config.method, task=config.world.task,
+            max_items=config.max_items, max_words=config.max_words,
+        )  # fmt: skip
     with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         board = open_board()
 
@@ -179,16 +188,14 @@ def _make(config: SimulatePopulationConfig, settings: dict, inputs: dict[str, st
         report = crowd_report.report_of(
             summaries,
             settings=settings,
-            anchors=crowd.anchors,
+            anchors=run.plan.anchors,
             growth=[one.facts for one in (*growth, run)],
             fidelity=crowd.fidelity,
             bare_users_per_s=run.bare_users_per_s,
             workers=config.workers,
         )
-        if config.report is not None and config.evaluated is not None:
-            report["quality"] = quality_by_cosine(
-                config.report, config.evaluated, crowd.anchors, report["cosines"]["histogram"], method=config.method
-            )
+        if evaluated is not None:
+            report["quality"] = quality_by_cosine(evaluated, run.plan.anchors, report["cosines"]["histogram"])
         for part in range(run.plan.parts):
             _link(run.plan.file(part), draft.path)
         write_sections(draft.path, "A simulated population", crowd_report.sections(report), report)
@@ -222,7 +229,8 @@ def _prepare(config: SimulatePopulationConfig, work: Path, board: ActorHandle) -
     # 1. encoded users, kept until all is done: drawing goes on with the same model after a stop
     encoder = config.encoder if anchors is None else anchors.encoder
     users = config.fitted_on + (config.held_out if is_sampled else 0)
-    made_of = (asdict(config.world), encoder, config.max_items, config.max_words, config.history_items, users)
+    edition = words.EDITIONS.get(config.world.task, 1)
+    made_of = (asdict(config.world), edition, encoder, config.max_items, config.max_words, config.history_items, users)
     name = _digest(made_of)
     with follow(board, crowd_sample.PROGRESS, users, "users"):
         sample = crowd_sample.encode_sample(
@@ -275,13 +283,12 @@ def _run(
         plan = _plan(config, crowd, anchors, users, folder, store)  # no anchor is retired in a store of its own
         facts = json.loads(finished.read_text()) if finished.exists() else {}
         _clear(folder)
-        if facts.get("hash") == plan.hash:
+        if facts.get("hash") == plan.hash and facts.get("workers") == config.workers:
             return _Run(plan=plan, facts=facts, bare_users_per_s=None)
     before_bytes = _store_bytes(store) if store is not None and is_there(DatabaseConfig(url=store)) else 0
     if store is not None:
         with closing(open_database(DatabaseConfig(url=store))) as database:
-            retired = publish_anchors(database, anchors, tenant=config.tenant, path=config.bank or config.out)
-        anchors = dataclasses.replace(anchors, retired=retired)
+            anchors = publish_anchors(database, anchors, tenant=config.tenant, path=config.bank or config.out)
     plan = _plan(config, crowd, anchors, users, folder, store)
 
     # 1. what is there already: of a small population nothing, or its time would be that of a rest;
@@ -313,8 +320,10 @@ def _run(
         memory=memory,
         store_bytes=_store_bytes(store),
         store_bytes_before=before_bytes,
-    ) | {"hash": plan.hash}
-    if others := sum(json.loads(_metadata(plan.file(part))[SUMMARY])["others"] for part in missing):
+    )
+    others = sum(json.loads(_metadata(plan.file(part))[SUMMARY])["others"] for part in range(plan.parts))
+    facts |= {"hash": plan.hash, "workers": config.workers, "users_kept_as_they_were": others}
+    if others:
         log.warning(
             "population: %d of %d users were in the store already with another route or history, and stay as they were "
             "there: its users are not those of the files; take another store or --tenant for each population",
@@ -333,7 +342,7 @@ def _plan(
     decides = (
         *(asdict(config.world), part_users, config.embeddings, anchors.hash, anchors.retired, asdict(config.fusion)),
         *(config.max_items, config.max_words, config.history_items, config.fitted_on, config.held_out),
-        *(config.tenant, store),
+        *(config.tenant, store, words.EDITIONS.get(config.world.task, 1)),
     )
     return CrowdPlan(
         world=config.world,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,11 +49,15 @@ class AnswerBook:
         """Users who were introduced before the run, with their anchors."""
         self.stacks: dict[int, Adapter] = {}
         """Those of them who have a stack."""
+        self._texts: dict[tuple[int, int], Counter[str]] = {}
         self._known: dict[tuple[Anchors, int | None, int], Expected] = {}
+        self._users_of: dict[tuple[Anchors, int | None], set[int]] = {}
+        """Who was or is to be answered by these anchors, and whose stack."""
 
     def expected(self, user: int, anchors: Anchors) -> Expected:
         """The answer that this user gets with these anchors, and with their own stack if there is one."""
         whose = user if user in self.stacks else None
+        self._users_of.setdefault((anchors, whose), set()).add(user)
         return self._said(anchors, whose, user % len(self._prompts))
 
     def _said(self, anchors: Anchors, whose: int | None, prompt: int) -> Expected:
@@ -78,12 +83,32 @@ class AnswerBook:
         """The user has that stack from now on."""
         self.stacks[user] = own
         self._known = {key: expected for key, expected in self._known.items() if key[1] != user}
+        self._users_of = {state: users for state, users in self._users_of.items() if state[1] != user}
+        self._texts.clear()
 
     def is_anothers(self, text: str, tokens: int, user: int) -> bool:
-        """Whether that is what somebody in the book must be told, or would be if they asked what this user asks."""
-        for anchors, whose in {(anchors, whose) for anchors, whose, _ in self._known}:
-            self._said(anchors, whose, user % len(self._prompts))
-        return any(text == self.text(expected, tokens) for expected in self._known.values())
+        """Whether that is what somebody else in the book must be told, or would be if they asked what this user asks.
+
+        What the user alone was once to be told is stale, and not another's.
+        """
+        others = [state for state, users in self._users_of.items() if users - {user}]
+        prompts = range(len(self._prompts))
+        asked = [self._said(*state, user % len(self._prompts)) for state in others]
+        known = [
+            self._known[*state, prompt] for state in others for prompt in prompts if (*state, prompt) in self._known
+        ]
+        return any(text == self.text(expected, tokens) for expected in (*asked, *known))
+
+    def tells_apart(self, user: int, tokens: int) -> bool:
+        """Whether the beginning of this marked user's answer would be no other marked user's at the same prompt."""
+        prompt = user % len(self._prompts)
+        if (prompt, tokens) not in self._texts:
+            said = [
+                self.text(self._said(anchors, one if one in self.stacks else None, prompt), tokens)
+                for one, anchors in self.marked.items()
+            ]
+            self._texts[prompt, tokens] = Counter(said)
+        return self._texts[prompt, tokens][self.text(self.expected(user, self.marked[user]), tokens)] == 1
 
     def _adapter(self, anchors: Anchors, whose: int | None) -> Adapter:
         """All that makes a user's model, as one adapter."""
@@ -114,13 +139,22 @@ class AnswerBook:
 
 
 def introduce(
-    http: httpx.Client, users: int, *, prefix: str, tastes: Sequence[str], book: AnswerBook | None, seed: int, rank: int
+    http: httpx.Client,
+    users: int,
+    *,
+    prefix: str,
+    tastes: Sequence[str],
+    book: AnswerBook | None,
+    seed: int,
+    rank: int,
+    tokens: int,
 ) -> None:
     """Users of a running service, through its endpoint alone: a history each, and with a book a stack that marks them.
 
-    With a book no two of them are answered alike. Without stacks are the first ones, as far as that makes no two alike.
+    With a book no two of them are answered alike, in the first so many tokens. Without stacks are the first ones, as
+    far as that makes no two alike.
     """
-    seen: set[tuple[int, ...]] = set()
+    seen: set[str] = set()
     for user in range(users):
         name = f"{prefix}{user}"
         history = {"items": [f"{tastes[user % len(tastes)]} {user} 0"]}
@@ -134,11 +168,12 @@ def introduce(
                 own = random_adapter(book.backbone, rank=rank, generator=generator)
                 book.give(user, from_bytes(to_bytes(own), own.scale))  # rounded, as it is kept
             expected = book.expected(user, anchors)
-            if expected.tokens not in seen and expected.certain == len(expected.tokens):
+            text = book.text(expected, tokens)
+            if text not in seen and expected.certain == len(expected.tokens):
                 break
         else:
-            raise ValueError(f"of {users} users some are answered alike; ask for more tokens (traffic.most_tokens)")
-        seen.add(expected.tokens)
+            raise ValueError(f"of {users} users some are answered alike; ask for more tokens (traffic.least_tokens)")
+        seen.add(text)
         book.marked[user] = anchors
         if user in book.stacks:
             put_stack(http, name, book.stacks[user])
@@ -173,6 +208,17 @@ def judge(rows: Sequence[Row], book: AnswerBook | None) -> list[str]:
         if book.is_anothers(row.text.strip(), row.most_tokens, row.user):
             verdicts[place] = "wrong_user"
     return verdicts
+
+
+def telling(rows: Sequence[Row], verdicts: Sequence[str], book: AnswerBook) -> float | None:
+    """Of the right answers to marked users who did not change: the share that no other marked user would have got."""
+    changed = {row.user for row in rows if row.kind != "ask"}
+    told = [
+        book.tells_apart(row.user, row.most_tokens)
+        for row, verdict in zip(rows, verdicts, strict=True)
+        if row.kind == "ask" and verdict == "ok" and row.user in book.marked and row.user not in changed
+    ]
+    return sum(told) / len(told) if told else None
 
 
 def _verdict(row: Row, changes: Sequence[Row], book: AnswerBook | None) -> str:

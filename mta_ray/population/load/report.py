@@ -72,6 +72,11 @@ def _phase_notes(report: Mapping[str, Any]) -> list[str]:
             f"{report['all']['unchecked']} requests were not checked: the service trained that user's stack, a "
             "change of the user got no answer, or two tokens were too close to tell apart."
         )
+        if report.get("telling") is not None:
+            notes.append(
+                f"{report['telling']:.1%} of the right answers to users with a history from before the run, which did "
+                "not change, would have been no other such user's."
+            )
     if lag:
         late = " It could not keep its own pace: the times here are partly its own." if lag["p99"] > 100 else ""
         notes.append(

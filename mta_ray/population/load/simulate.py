@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pyarrow.parquet as pq
@@ -26,7 +27,7 @@ from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.evaluation.sections import write_sections
 from mta_ray.lora.bank import load_bank
 from mta_ray.personalize.base_model import open_base
-from mta_ray.population.load.answers import AnswerBook, introduce, judge
+from mta_ray.population.load.answers import AnswerBook, introduce, judge, telling
 from mta_ray.population.load.figures import samples_table, summarise, to_table
 from mta_ray.population.load.report import sections
 from mta_ray.population.load.rows import Row, RunSettings, row_from
@@ -121,7 +122,7 @@ def simulate_load(config: SimulateLoadConfig) -> str:
         inputs = {kind: read_manifest(getattr(config, kind), kind=kind).hash for kind in ("base", "bank")}
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
         log.info("load: %s is current, nothing to do", config.out)
-        return config.out
+        return _if_right(config.out, read_manifest(config.out, kind=KIND).facts)
     if importlib.util.find_spec("locust") is None:
         raise ValueError("the load run needs locust, which is not installed: pip install 'mta-ray[load]'")
 
@@ -139,6 +140,7 @@ def simulate_load(config: SimulateLoadConfig) -> str:
         pq.write_table(samples_table(run.samples), draft.path / "samples.parquet")
         report = summarise(table, run.samples, config.traffic, locust=run.locust, is_checked=run.book is not None)
         report["settings"] = settings
+        report["telling"] = None if run.book is None else telling(run.rows, verdicts, run.book)
         write_sections(draft.path, TITLE, sections(report), report)
         told = report["all"]
         draft.facts.update({key: told[key] for key in ("requests", "failed", "wrong", "wrong_user", "refused_twice")})
@@ -147,7 +149,17 @@ def simulate_load(config: SimulateLoadConfig) -> str:
         told["requests"], told["failed"], told["wrong"] + told["wrong_user"], told["wrong_user"],
         told["refused_twice"], config.out,
     )  # fmt: skip
-    return config.out
+    return _if_right(config.out, told)
+
+
+def _if_right(out: str, told: Mapping[str, Any]) -> str:
+    """`out`; a run in which somebody was told something wrong is a failure, however often it is asked for."""
+    if told["wrong"] or told["wrong_user"]:
+        raise ValueError(
+            f"{told['wrong'] + told['wrong_user']} of {told['requests']} requests were answered wrongly, "
+            f"{told['wrong_user']} of them as another user; {out} has the report and every request"
+        )
+    return out
 
 
 def run_load(config: SimulateLoadConfig) -> LoadRun:
@@ -191,7 +203,7 @@ def run_load(config: SimulateLoadConfig) -> LoadRun:
             open_now.callback(_leave, http, settings, rows)
         introduce(
             http, config.marked, prefix=settings.prefix, tastes=settings.tastes, book=book, seed=config.traffic.seed,
-            rank=rank,
+            rank=rank, tokens=config.traffic.least_tokens,
         )  # fmt: skip
         log.info("load: %d users are known at %s", config.marked, url)
 

@@ -15,8 +15,6 @@ import numpy as np
 
 Kind = Literal["ask", "history", "stack", "delete"]
 PHASES = ("warm-up", "steady", "flash crowd", "recovery")
-SETTLED_S = 15.0
-"""A user is changed (stack, deletion) this long after the first history at the earliest, so that it is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +59,12 @@ class TrafficConfig:
     """Share of sessions that ask for a stack of the user's own; only of users that are new in this run."""
     delete_share: float = 0.02
     """Share of sessions that delete a user; only of users that are new in this run."""
+    settled_s: float = 15.0
+    """Such a user, or one who asks for a stack, sent the first history at least so long before, so that it is there."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "sessions_per_s", "day_s", "flash_factor", "think_s"):
+        for name in ("seconds", "sessions_per_s", "day_s", "flash_factor", "think_s", "settled_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("diurnal", "warmup", "flash_start", "flash_share", "stream_share"):
@@ -203,7 +203,7 @@ class _Crowd:
     """Who has been seen in the run: as large as the number of users that were."""
 
     def __init__(self, config: TrafficConfig, known: int) -> None:
-        self._known, self._next = known, config.users
+        self._known, self._next, self._settled_s = known, config.users, config.settled_s
         self._since_s: dict[int, float] = {}  # in the order in which they came
 
     def newcomer(self, at_s: float) -> int:
@@ -221,7 +221,7 @@ class _Crowd:
 
     def settled(self, at_s: float, rng: np.random.Generator) -> int | None:
         """Somebody who came a while ago, if there is anybody."""
-        old = [user for user, since_s in self._since_s.items() if since_s < at_s - SETTLED_S]
+        old = [user for user, since_s in self._since_s.items() if since_s < at_s - self._settled_s]
         return old[int(rng.integers(len(old)))] if old else None
 
     def forget(self, user: int) -> None:
