@@ -458,16 +458,9 @@ class Replica:
 
     def _outdated(self, keys: Sequence[StackKey]) -> list[StackKey]:
         """Stacks on the device that are not their user's any more."""
-        gone = []
-        for key in keys:
-            try:
-                state = self.store.read(UserId(tenant=key.tenant, id=key.user))
-            except UnknownUser:
-                gone.append(key)
-                continue
-            if state.stack_version != key.version:
-                gone.append(key)
-        return gone
+        users = {key: UserId(tenant=key.tenant, id=key.user) for key in keys}
+        versions = self.store.stack_versions(users.values()) if users else {}
+        return [key for key, user in users.items() if versions.get(user) != key.version]
 
 
 def _stack_key(state: UserState | None) -> StackKey | None:

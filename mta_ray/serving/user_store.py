@@ -6,7 +6,7 @@ Every query names the tenant, but for those that go by anchor: a bank is everybo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -155,6 +155,14 @@ class UserStore:
         if row is None:
             raise UnknownUser("no such user")
         return self._states([row])[0]
+
+    def stack_versions(self, some: Collection[UserId]) -> dict[UserId, int]:
+        """The versions of the stacks of those of these users who have one; one statement."""
+        key = sa.tuple_(stacks.c.tenant, stacks.c.user_id)
+        query = sa.select(stacks.c.tenant, stacks.c.user_id, stacks.c.version)
+        query = query.where(key.in_([(user.tenant, user.id) for user in some]))
+        with self.database.reading() as connection:
+            return {UserId(tenant=row.tenant, id=row.user_id): row.version for row in connection.execute(query)}
 
     def read_history(self, user: UserId) -> tuple[HistoryItem, ...]:
         """All items; oldest first where they are dated."""

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mta_ray.population.capacity.arrivals import TrafficConfig
+from mta_ray.population.capacity.arrivals import TrafficConfig, sample_arrivals
+from mta_ray.population.capacity.autoscaler import AutoscalerConfig
 from mta_ray.population.capacity.fleet import (
     DAY_POINTS,
     DemandConfig,
@@ -19,7 +20,7 @@ from mta_ray.population.capacity.fleet import (
     day_shares,
     largest,
 )
-from mta_ray.population.capacity.service_model import PodConfig
+from mta_ray.population.capacity.service_model import PodConfig, saturation_per_s, simulate_pod
 from mta_ray.population.capacity.service_times import ServiceTimes, StepTime
 
 TIMES = ServiceTimes(step=StepTime(fixed_ms=5.0, row_ms=0.5, prompt_token_ms=0.05), stack_load_ms=2.0)
@@ -35,13 +36,41 @@ def planner(**changes) -> Planner:  # noqa: ANN003
 
 
 def test_bisection_finds_what_a_scan_finds() -> None:
-    ours = planner()
+    """On the bisection's own sample, and within what may be asked of a replica."""
+    limit = planner().limit_per_s()
+    scan = planner()
+    can_per_s = saturation_per_s(FLEET.pod, TIMES, scan.traffic) / FLEET.pod.replicas
+    rates = np.arange(0.5, 1.5, 0.02) * limit
+    holding = max(rate for rate in rates if not scan.at(float(rate)).misses(TARGET))
+    most = min(holding, 0.85 * can_per_s)
+    assert 0.85 * most <= limit <= 1.04 * most
+
+
+def test_the_limit_holds_for_longer_with_other_arrivals() -> None:
+    ours = planner(target=TargetConfig(ttft_ms_p99=1e6, total_ms_p99=1e6, refused_share=0.001))
     limit = ours.limit_per_s()
-    holds = {}
-    for per_s in np.arange(0.5, 1.5, 0.02) * limit:
-        holds[per_s / limit] = not ours.at(float(per_s)).misses(TARGET)
-    assert all(ok for share, ok in holds.items() if share < 0.98)
-    assert not any(ok for share, ok in holds.items() if share > 1.04)
+    pod = FLEET.pod
+    assert limit <= 0.86 * saturation_per_s(pod, TIMES, ours.traffic) / pod.replicas
+    users = round(limit * pod.replicas / DemandConfig().peak_per_user_s)
+    asked = sample_arrivals(
+        ours.traffic,
+        per_s=limit * pod.replicas,
+        requests=10 * ours.sample.requests * pod.replicas,
+        users=users,
+        seed=77,
+    )
+    ended = simulate_pod(asked, pod, TIMES, seed=77).outcomes
+    assert np.mean([outcome.status == 503 for outcome in ended]) <= 0.002
+
+
+def test_more_replicas_that_might_come_take_nothing_from_the_one_that_is_asked_for() -> None:
+    grows = replace(FLEET, pod=replace(FLEET.pod, autoscaler=AutoscalerConfig(max_replicas=8)))
+    assert planner(fleet=grows).limit_per_s() == planner().limit_per_s()
+
+
+def test_longer_requests_than_a_replica_takes_are_refused() -> None:
+    with pytest.raises(ValueError, match="5400 tokens on average"):
+        planner(traffic=TrafficConfig(prompt_tokens=5000.0, answer_tokens=400.0))
 
 
 def test_a_pods_rate_is_each_of_its_replicas() -> None:
@@ -129,6 +158,9 @@ def test_a_promise_that_cannot_be_kept_is_told() -> None:
         (lambda: FleetConfig(spare_share=math.inf), "spare_share"),
         (lambda: DemandConfig(users=()), "users"),
         (lambda: DemandConfig(users=(1e11,)), "users"),
+        (lambda: DemandConfig(users=(math.nan,)), "users"),
+        (lambda: DemandConfig(requests_per_day=math.inf), "requests_per_day"),
+        (lambda: TargetConfig(ttft_ms_p99=math.nan), "target"),
         (lambda: DemandConfig(peak_factor=0.5), "peak_factor"),
         (lambda: TargetConfig(ttft_ms_p99=0.0), "target"),
         (lambda: SampleConfig(requests=1), "requests"),

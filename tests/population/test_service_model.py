@@ -233,7 +233,7 @@ def test_what_is_done_on_the_way_in_counts_towards_saturation() -> None:
 def test_replicas_come_after_the_delays_and_go() -> None:
     scaler = AutoscalerConfig(
         min_replicas=1, max_replicas=3, target_ongoing_requests=2.0, upscale_delay_s=5.0, downscale_delay_s=20.0,
-        look_back_s=5.0, startup_s=10.0,
+        look_back_s=5.0, startup_s=10.0, metrics_interval_s=1.0,
     )  # fmt: skip
     config = replace(ONE_BY_ONE, max_requests=2, autoscaler=scaler)
     crowd = [Arrival(20.0 + n * 0.05, 0, 1, 20) for n in range(600)]  # 200 ms of work each, for 30 s
@@ -244,6 +244,12 @@ def test_replicas_come_after_the_delays_and_go() -> None:
     grown_s = next(at for at, count in run.replicas if count > 1)
     assert 20 + 5 + 10 <= grown_s <= 20 + 5 + 10 + 3
     assert len(run.outcomes) == 660
+
+    # what is under way is told each ten seconds only, at 21 s and at 31 s: of a crowd that comes at 22 s, so late
+    told = replace(config, autoscaler=replace(scaler, metrics_interval_s=10.0))
+    crowd = [replace(arrival, at_s=arrival.at_s + 2) for arrival in crowd]
+    later = [(at, count) for at, count in simulate_pod([*crowd, *calm], told, TIMES).replicas if count > 1]
+    assert 31 + 5 + 10 <= later[0][0] <= 31 + 5 + 10 + 3
 
 
 def test_a_wish_that_passes_changes_nothing() -> None:
@@ -257,6 +263,9 @@ def test_a_wish_that_passes_changes_nothing() -> None:
         (lambda: PodConfig(replicas=0), "replicas"),
         (lambda: PodConfig(max_requests=32, max_step_tokens=16), "max_step_tokens"),
         (lambda: PodConfig(cores=0), "cores"),
+        (lambda: PodConfig(cores=2, others=math.nan), "others"),
+        (lambda: AutoscalerConfig(look_back_s=math.nan), "look_back_s"),
+        (lambda: StepTime(fixed_ms=0.0, row_ms=0.0), "no time"),
         (lambda: TrafficConfig(answer_tokens=0.5), "answer_tokens"),
         (lambda: TrafficConfig(stack_share=1.5), "stack_share"),
         (lambda: StepTime(fixed_ms=math.nan), "fixed_ms"),

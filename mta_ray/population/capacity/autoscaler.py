@@ -15,7 +15,7 @@ class AutoscalerConfig:
     """Never fewer."""
     max_replicas: int = 4
     """Never more."""
-    target_ongoing_requests: float = 12.0
+    target_ongoing_requests: float = 24.0
     """Requests under way that one replica should have."""
     upscale_delay_s: float = 10.0
     """More must have been wanted for so long."""
@@ -27,18 +27,20 @@ class AutoscalerConfig:
     """From the decision until the replica serves: process, model, bank."""
     interval_s: float = 1.0
     """Between two decisions."""
+    metrics_interval_s: float = 10.0
+    """Between two looks at what is under way: Ray Serve's processes tell it that often."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_replicas <= self.max_replicas:
             raise ValueError(
                 f"min_replicas is {self.min_replicas} and max_replicas {self.max_replicas}, wanted 1 ≤ min ≤ max"
             )
-        for name in ("target_ongoing_requests", "interval_s", "look_back_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
+        for name in ("target_ongoing_requests", "interval_s", "metrics_interval_s", "look_back_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be more than 0 and finite, got {getattr(self, name)}")
         for name in ("upscale_delay_s", "downscale_delay_s", "startup_s"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
 
 
 class Scaler:

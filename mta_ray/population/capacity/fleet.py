@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,11 @@ log = logging.getLogger(__name__)
 DAY_S, MONTH_H = 86_400, 730
 DAY_POINTS = 96
 PEAK_MAX = 60.0
+LOAD_MAX = 0.85
+"""Of what a replica that always has more to do gets through: nearer to it, waiting grows faster than a sample shows."""
+LONGER = 5
+"""So many times the sample the limit must hold for, with other arrivals."""
+STEP_DOWN = 0.95
 WARM_SHARE = 0.1
 """Of a sample's requests, the first: they find an empty pod, and are not counted."""
 
@@ -77,16 +82,17 @@ class DemandConfig:
     """Of the store: itself and its standby."""
 
     def __post_init__(self) -> None:
-        if not self.users or min(self.users) < 1 or max(self.users) > 1e10:
+        if not self.users or not all(1 <= count <= 1e10 for count in self.users):
             raise ValueError(f"users are {self.users}, wanted at least one number, each 1 to 10^10")
-        if self.requests_per_day <= 0 or self.peak_factor < 1:
+        if not (0 < self.requests_per_day < math.inf and self.peak_factor >= 1):
             raise ValueError(
                 f"requests_per_day is {self.requests_per_day} and peak_factor {self.peak_factor}, "
                 "wanted more than 0 and at least 1"
             )
         if self.peak_factor > PEAK_MAX:
             raise ValueError(f"peak_factor is {self.peak_factor}, wanted at most {PEAK_MAX}: a day's curve has no more")
-        if min(self.bytes_per_user, self.bytes_per_stack) < 0 or self.store_copies < 1:
+        is_finite = all(0 <= size < math.inf for size in (self.bytes_per_user, self.bytes_per_stack))
+        if not is_finite or self.store_copies < 1:
             raise ValueError("bytes_per_user and bytes_per_stack are at least 0, store_copies at least 1")
 
     @property
@@ -107,7 +113,7 @@ class TargetConfig:
     """503s."""
 
     def __post_init__(self) -> None:
-        if self.ttft_ms_p99 <= 0 or self.total_ms_p99 <= 0 or not 0 <= self.refused_share < 1:
+        if not (self.ttft_ms_p99 > 0 and self.total_ms_p99 > 0 and 0 <= self.refused_share < 1):
             raise ValueError(f"a target is more than 0 ms, and a share of refused requests 0 to 1; got {self}")
 
 
@@ -191,39 +197,64 @@ class Planner:
         self.fleet, self.times, self.traffic, self.demand = fleet, times, traffic, demand
         self.target, self.sample = target, sample or SampleConfig()
         self._known: dict[float, Point] = {}
+        # A replica's rate is asked for, so their number stays.
+        self._pod = replace(fleet.pod, autoscaler=None)
+        longest = traffic.prompt_tokens + traffic.answer_tokens
+        if longest > fleet.pod.max_tokens:
+            raise ValueError(
+                f"a prompt and its answer have {longest:.0f} tokens on average, and a replica takes at most "
+                f"{fleet.pod.max_tokens} (fleet.pod.max_tokens, as engine.max_tokens of the service); measure one that "
+                "takes more, or plan for shorter requests"
+            )
 
     def at(self, per_s: float) -> Point:
         """A pod whose replicas get that many requests a second each."""
         if per_s not in self._known:
-            pod = self.fleet.pod
-            arrivals = sample_arrivals(
-                self.traffic,
-                per_s=per_s * pod.replicas,
-                requests=self.sample.requests * pod.replicas,
-                users=max(1, round(per_s * pod.replicas / self.demand.peak_per_user_s)),
-                seed=self.sample.seed,
-            )
-            run = simulate_pod(arrivals, pod, self.times, seed=self.sample.seed)
-            begin_s = arrivals[int(len(arrivals) * WARM_SHARE)].at_s
-            counted = [outcome for outcome in run.outcomes if outcome.arrival.at_s >= begin_s]
-            rows = run.rows / run.steps if run.steps else 0.0
-            self._known[per_s] = _point(per_s, counted, run.busy["engine"], run.busy["ingress"], rows)
-            log.info("%.3g requests/s a replica: total p99 %.0f ms", per_s, self._known[per_s].total_ms_p99)
+            self._known[per_s] = self._simulated(per_s, self.sample.requests, self.sample.seed)
         return self._known[per_s]
 
+    def _simulated(self, per_s: float, requests: int, seed: int) -> Point:
+        pod = self._pod
+        arrivals = sample_arrivals(
+            self.traffic,
+            per_s=per_s * pod.replicas,
+            requests=requests * pod.replicas,
+            users=max(1, round(per_s * pod.replicas / self.demand.peak_per_user_s)),
+            seed=seed,
+        )
+        run = simulate_pod(arrivals, pod, self.times, seed=seed)
+        begin_s = arrivals[int(len(arrivals) * WARM_SHARE)].at_s
+        counted = [outcome for outcome in run.outcomes if outcome.arrival.at_s >= begin_s]
+        rows = run.rows / run.steps if run.steps else 0.0
+        point = _point(per_s, counted, run.busy["engine"], run.busy["ingress"], rows)
+        log.info("%.3g requests/s a replica: total p99 %.0f ms", per_s, point.total_ms_p99)
+        return point
+
     def limit_per_s(self) -> float:
-        """The most that a replica can take while the target holds. ValueError where it never holds."""
-        can_per_s = saturation_per_s(self.fleet.pod, self.times, self.traffic) / self.fleet.pod.replicas
-        return largest(
-            lambda per_s: not self.at(per_s).misses(self.target),
-            can_per_s / 50,
-            can_per_s,  # more would pile up, however patient the target is with what a sample shows of it
-            self.sample.precision,
-            lambda per_s: (
+        """The most that a replica can take while the target holds, also for longer. ValueError where it never holds."""
+        can_per_s = saturation_per_s(self._pod, self.times, self.traffic) / self._pod.replicas
+
+        def why(per_s: float) -> str:
+            return (
                 f"even at {per_s:.3g} requests/s a replica {' and '.join(self._missed(per_s))}; "
                 "relax the target, or take faster replicas"
-            ),
+            )
+
+        least = can_per_s / 50
+        limit = largest(
+            lambda per_s: not self.at(per_s).misses(self.target),
+            least,
+            LOAD_MAX * can_per_s,
+            self.sample.precision,
+            why,
         )
+        while True:
+            self._known[limit] = self._simulated(limit, LONGER * self.sample.requests, self.sample.seed + 1)
+            if not self._known[limit].misses(self.target):
+                return limit
+            if limit * STEP_DOWN < least:
+                raise ValueError(why(limit))
+            limit *= STEP_DOWN
 
     def curve(self, limit_per_s: float) -> list[Point]:
         """Points from little load to more than the limit."""

@@ -112,13 +112,12 @@ class Meter:
 
     def __init__(self) -> None:
         self._model = serve.get_deployment_handle("Model", APP_NAME)
-        self._threads: dict[str, tuple[int, set[int], set[int]]] = {}
+        self._actors: dict[str, Any] = {}
         for actor in ray.util.list_named_actors(all_namespaces=True):
             for process, part in PROCESSES.items():
                 if part in actor["name"]:
-                    handle = ray.get_actor(actor["name"], namespace=actor["namespace"])
-                    self._threads[process] = ray.get(handle.__ray_call__.remote(_threads_of))
-        missing = PROCESSES.keys() - self._threads.keys()
+                    self._actors[process] = ray.get_actor(actor["name"], namespace=actor["namespace"])
+        missing = PROCESSES.keys() - self._actors.keys()
         if missing:
             raise RuntimeError(f"no process of the service is a {' or a '.join(sorted(missing))}; does it run here?")
 
@@ -143,7 +142,8 @@ class Meter:
 
     def _read(self) -> dict[str, Usage]:
         told = {}
-        for process, (pid, python, engine) in self._threads.items():
+        for process, actor in self._actors.items():
+            pid, python, engine = ray.get(actor.__ray_call__.remote(_threads_of))  # some begin when there is work
             used = dict.fromkeys(KINDS, 0.0)
             for thread in Path(f"/proc/{pid}/task").iterdir():
                 kind = "engine" if int(thread.name) in engine else "python" if int(thread.name) in python else "native"
@@ -245,7 +245,7 @@ def _run_of(told: Mapping[str, Any], seen: Seen, idle: Seen, step: StepTime) -> 
         "prompt_tokens": float(np.mean([answer["prompt_tokens"] for answer in answers])),
         "ttft_ms_p50": float(np.median([answer["ttft_ms"] for answer in answers])),
         "total_ms_p50": float(np.median([answer["total_ms"] for answer in answers])),
-        "others_cpus": seen.others_cpus(told["cpu_ms"]),
+        "others_cpus": seen.others_cpus(told["life_cpu_ms"]),
         "client": {
             "python": told["python_ms"] / len(answers),
             "native": max(0.0, told["cpu_ms"] - told["python_ms"]) / len(answers),

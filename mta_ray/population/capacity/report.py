@@ -128,8 +128,8 @@ def _times_section(report: Mapping[str, Any]) -> Section:
 
 def _validation_section(validation: Mapping[str, Any]) -> Section:
     loads = validation["loads"]
-    ratios = [clock["ratio"] for load in loads for clock in load["clocks"].values() if clock["ratio"]]
-    right = sum(abs(ratio - 1) <= WITHIN for ratio in ratios)
+    ratios = [clock["ratio"] for load in loads for clock in load["clocks"].values()]
+    right = sum(ratio is not None and abs(ratio - 1) <= WITHIN for ratio in ratios)
     fit = validation["engine"]["fit"]
     alone = validation["calibration"]["one_at_a_time"]
     shown = ", ".join(

@@ -46,6 +46,8 @@ class PodConfig:
     """Tokens of one step of the engine."""
     max_waiting: int = 32
     """Requests that wait for a row; one more is a 503."""
+    max_tokens: int = 512
+    """Of a prompt and its answer together; the service refuses a longer request."""
     stack_slots: int = 48
     """Stacks on a replica's device at once."""
     cores: int | None = None
@@ -63,6 +65,7 @@ class PodConfig:
             ("max_requests", 1),
             ("max_step_tokens", 1),
             ("max_waiting", 0),
+            ("max_tokens", 2),
             ("stack_slots", 1),
         ):
             if getattr(self, name) < least:
@@ -71,7 +74,7 @@ class PodConfig:
             raise ValueError(f"max_step_tokens {self.max_step_tokens} is less than max_requests {self.max_requests}")
         if self.cores is not None and self.cores < 1:
             raise ValueError(f"cores is {self.cores}, wanted at least 1, or none for enough of them")
-        if self.others < 0 or (self.others > 0 and self.others >= (self.cores or 0)):
+        if not (self.others == 0 or 0 < self.others < (self.cores or 0)):
             raise ValueError(f"others is {self.others}, wanted at least 0 and less than cores ({self.cores})")
 
 
@@ -480,9 +483,11 @@ class _Pod:
 
     def _autoscale(self, config: AutoscalerConfig) -> Process:
         scaler = Scaler(config, self.config.replicas)
+        ongoing, told_s = 0, -math.inf
         while True:
             yield self.env.timeout(config.interval_s * 1e3)
-            ongoing = sum(replica.ongoing for replica in self.replicas)
+            if self.env.now / 1e3 - told_s >= config.metrics_interval_s - 1e-6:
+                ongoing, told_s = sum(replica.ongoing for replica in self.replicas), self.env.now / 1e3
             before = scaler.target
             wanted = scaler.decide(self.env.now / 1e3, ongoing)
             if wanted > before:

@@ -45,6 +45,8 @@ class StepTime:
 
     def __post_init__(self) -> None:
         _check_times(self)
+        if self.fixed_ms + self.row_ms <= 0:
+            raise ValueError("a step takes no time: fixed_ms and row_ms are 0; measure, or give one of them")
         if self.python_share > 1:
             raise ValueError(f"python_share is {self.python_share}, wanted 0 to 1")
 

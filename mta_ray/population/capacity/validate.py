@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -73,14 +74,17 @@ class ValidateConfig:
     def __post_init__(self) -> None:
         if self.base not in ("tiny", "default"):
             raise ValueError(f"base is {self.base!r}; the service that is validated is of `tiny` or `default`")
-        if not self.loads or min(self.loads) <= 0:
-            raise ValueError(f"loads are {self.loads}, wanted at least one, each more than 0")
+        if not self.loads or not all(0 < share < 10 for share in self.loads):
+            raise ValueError(f"loads are {self.loads}, wanted at least one, each more than 0 and less than 10")
         if min(self.tries, self.repeats) < 1 or self.disturbed_cpus < 0:
             raise ValueError(
                 f"tries is {self.tries}, repeats {self.repeats} and disturbed_cpus {self.disturbed_cpus}, wanted at "
                 "least 1, 1 and 0"
             )
-        if self.seconds < 5 or min(self.users, self.max_requests, self.prompt_words, self.answer_tokens_max) < 1:
+        if (
+            not 5 <= self.seconds < math.inf
+            or min(self.users, self.max_requests, self.prompt_words, self.answer_tokens_max) < 1
+        ):
             raise ValueError("seconds is at least 5; users, max_requests, prompt_words, answer_tokens_max at least 1")
 
 
@@ -198,7 +202,7 @@ def compare(predicted: Sequence[Outcome], measured: Sequence[Mapping[str, Any]])
             clocks[f"{clock}_p{p}"] = {
                 "predicted": one,
                 "measured": other,
-                "ratio": one / other if other else None,
+                "ratio": one / other if said and heard else None,
             }
     return {
         "requests": len(measured),
@@ -219,7 +223,7 @@ def _least_disturbed(
     for _ in range(config.tries):
         with meter.watch() as seen:
             told = ask(url, requests, clients=0)
-        tried.append((seen.others_cpus(told["cpu_ms"]), told))
+        tried.append((seen.others_cpus(told["life_cpu_ms"]), told))
         if tried[-1][0] <= config.disturbed_cpus:
             break
     return min(tried, key=lambda one: one[0])

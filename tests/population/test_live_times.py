@@ -1,0 +1,108 @@
+"""The calibration against a service whose times are known: a simulated one, measured as a live one is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mta_ray.population.capacity import live_times
+from mta_ray.population.capacity.arrivals import Arrival
+from mta_ray.population.capacity.live_times import Seen, Usage
+from mta_ray.population.capacity.service_model import PodConfig, simulate_pod
+from mta_ray.population.capacity.service_times import ProcessTime, ServiceTimes, StepTime
+
+STEP = StepTime(fixed_ms=3.0, row_ms=0.1, prompt_ms=0.2, prompt_token_ms=0.01, python_share=0.5)
+KNOWN = ServiceTimes(
+    step=STEP,
+    proxy=ProcessTime(request_ms=1.0, token_ms=0.05, native_request_ms=0.5, wake_ms=0.1),
+    ingress=ProcessTime(request_ms=2.0, token_ms=0.1, wake_ms=0.2, native_wake_ms=0.05),
+    replica=ProcessTime(request_ms=1.5, token_ms=0.2, native_request_ms=0.4),
+    client=ProcessTime(request_ms=0.5, token_ms=0.1),
+    away_ms=2.5,
+    pause_ms=0.3,
+)
+POD = PodConfig(replicas=1, cores=4)
+PROMPT, LENGTHS = 20, (4, 16, 40)
+
+
+def _cpu(time: ProcessTime, tokens: int, *, alone: bool) -> dict[str, float]:
+    """What the process takes for a request of so many pieces: waking up counts where nothing was to do before."""
+    wake, native_wake = (time.wake_ms, time.native_wake_ms) if alone else (0.0, 0.0)
+    return {
+        "python": time.request_ms + tokens * (time.token_ms + wake),
+        "native": time.native_request_ms + tokens * (time.native_token_ms + native_wake),
+    }
+
+
+def _runs(*, alone: bool) -> list[dict]:
+    names = ("proxy", "ingress", "replica", "client")
+    return [
+        {"tokens": tokens, "prompt_tokens": PROMPT}
+        | {name: _cpu(getattr(KNOWN, name), tokens, alone=alone) for name in names}
+        for tokens in LENGTHS
+    ]
+
+
+def test_a_requests_and_a_tokens_share_and_waking_up_are_found_again() -> None:
+    alone, crowd = _runs(alone=True), _runs(alone=False)
+    for name in ("proxy", "ingress", "replica", "client"):
+        found, wanted = live_times._process_time(alone, crowd, name), getattr(KNOWN, name)
+        for entry in ("request_ms", "token_ms", "native_request_ms", "native_token_ms", "wake_ms", "native_wake_ms"):
+            assert getattr(found, entry) == pytest.approx(getattr(wanted, entry), abs=1e-6), (name, entry)
+
+
+def _clocks(times: ServiceTimes) -> list[dict]:
+    """The medians of a client alone."""
+    told = []
+    for tokens in LENGTHS:
+        asked = [Arrival(n * 5.0, n, PROMPT, tokens) for n in range(40)]
+        ended = simulate_pod(asked, POD, times).outcomes
+        told.append(
+            {
+                "tokens": float(tokens),
+                "prompt_tokens": float(PROMPT),
+                "ttft_ms_p50": float(np.median([outcome.ttft_ms for outcome in ended])),
+                "total_ms_p50": float(np.median([outcome.total_ms for outcome in ended])),
+            }
+        )
+    return told
+
+
+def test_what_a_client_alone_waits_for_besides_is_found_again() -> None:
+    found = live_times._with_rest(replace(KNOWN, away_ms=0.0, pause_ms=0.0), POD, _clocks(KNOWN))
+    assert found.away_ms == pytest.approx(KNOWN.away_ms, abs=0.05)
+    assert found.pause_ms == pytest.approx(KNOWN.pause_ms, abs=0.02)
+
+    # first tokens that come before all work on a request is done: a part of it comes after the answer
+    early = replace(KNOWN, away_ms=0.0, after_share=0.4)
+    found = live_times._with_rest(replace(early, pause_ms=0.0, after_share=0.0), POD, _clocks(early))
+    assert found.away_ms == 0 and found.after_share == pytest.approx(0.4, abs=0.02)
+
+
+def test_others_are_what_neither_the_service_nor_its_client_took() -> None:
+    seen = Seen(
+        seconds=10.0, machine_ms=9_000.0, used={"proxy": Usage(1_000.0, 500.0, 0.0), "x": Usage(0.0, 0.0, 2_500.0)}
+    )
+    assert seen.others_cpus(3_000.0) == pytest.approx(0.2)
+    assert seen.others_cpus(6_000.0) == 0.0  # clocks differ a little
+
+
+def test_a_runs_cpu_times_are_a_requests_without_what_an_idle_process_takes() -> None:
+    told = {
+        "requests": [{"status": 200, "tokens": 4, "prompt_tokens": PROMPT, "ttft_ms": 9.0, "total_ms": 20.0}] * 17,
+        "cpu_ms": 68.0, "python_ms": 51.0, "life_cpu_ms": 568.0,
+    }  # fmt: skip
+    count = 17 + live_times.WARM
+    idle = Seen(seconds=4.0, used={name: Usage(8.0, 4.0, 0.0) for name in live_times.PROCESSES})
+    engine_ms = STEP.of(0, count, count * PROMPT) + STEP.fixed_ms * (count * 4 - 1) + STEP.row_ms * count * 3
+    used = {name: Usage(8.0 / 4 * 10 + count * 2.0, 4.0 / 4 * 10 + count * 0.5, 0.0) for name in live_times.PROCESSES}
+    used["replica"] = Usage(used["replica"].python, used["replica"].native, 1.25 * engine_ms)
+    seen = Seen(seconds=10.0, machine_ms=10_000.0, used=used, steps=count * 4, tokens=count * 4)
+    run = live_times._run_of(told, seen, idle, STEP)
+    assert run["client"] == {"python": pytest.approx(3.0), "native": pytest.approx(1.0)}
+    assert run["proxy"] == {"python": pytest.approx(2.0), "native": pytest.approx(0.5), "engine": 0.0}
+    assert run["engine_over_step"] == pytest.approx(1.25)
+    ours_ms = 568.0 + sum(usage.total for usage in used.values())
+    assert run["others_cpus"] == pytest.approx((10_000.0 - ours_ms) / 1e4)
