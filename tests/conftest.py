@@ -43,6 +43,7 @@ LONG_FILES = [
     "test_crowd",
     "test_killed_replicas",
     "test_what_if",
+    "test_simulations",
     "test_app",
     "test_bad_requests",
 ]

@@ -115,7 +115,7 @@ class MethodSettings:
     search: SearchConfig = field(default_factory=SearchConfig)
     """Of `prime`."""
     shrinkage: float = 4.0
-    """Of that ablation, in history items: with so many the fused anchors have half of their strength."""
+    """Of the ablation `mta:shrinkage`, in history items: with so many the fused anchors have half of their strength."""
 
 
 def recipes(settings: MethodSettings) -> dict[str, Recipe]:

@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mta_ray.artifacts import is_current, jsonable, located, open_artifact, publish
+from mta_ray.artifacts import Artifact, is_current, jsonable, located, open_artifact, publish
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.console import table_console
 from mta_ray.evaluation.charts import BLUE, GREEN, GREY, ORANGE, STYLE
@@ -26,7 +26,7 @@ from mta_ray.lamp.users import User
 from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.personalize.base_model import open_base
 from mta_ray.pipeline.actors import ActorConfig
-from mta_ray.pipeline.build_bank import BuildBankConfig, build_bank
+from mta_ray.pipeline.build_bank import PLACING, BuildBankConfig, build_bank
 from mta_ray.pipeline.embed_users import EmbedUsersConfig, embed_users, read_embeddings
 from mta_ray.pipeline.split import SplitConfig, check_same_line, tested_of
 from mta_ray.population.judge import BARE, JudgeConfig, Question, gain, judge
@@ -67,7 +67,8 @@ class DriftConfig:
     embed: EmbedUsersConfig = field(default_factory=EmbedUsersConfig)
     """How histories are encoded. Paths and the cluster are set by the run as a whole."""
     build: BuildBankConfig = field(default_factory=BuildBankConfig)
-    """How a bank is built anew. Left alone: as the first one was, so that the difference is the drift's."""
+    """How a bank is built anew. If it says no more than where and how fast: as the first one was, so that the
+    difference is the drift's."""
     workers: ActorConfig = field(default_factory=ActorConfig)
     """The actors."""
     force: bool = False
@@ -91,8 +92,8 @@ def simulate_drift(config: DriftConfig) -> str:
     base, bank = open_base(config.base), open_artifact(config.bank, kind="bank", verify=False)
     for kind, taught in (("base", open_artifact(config.base, kind="base", verify=False)), ("bank", bank)):
         check_same_line(config.split, taught.settings.get("split"), kind)
-    if config.build == BuildBankConfig():
-        config = replace(config, build=settings_of(BuildBankConfig, bank.settings, source=config.bank))
+    if config.rebuild:
+        config = replace(config, build=_as_the_first(config.build, bank))
     inputs = {"users": artifact.hash, "base": base.hash, "bank": bank.hash}
     left_out = ("users", "base", "bank", "out", "force", "cluster")
     settings = {k: v for k, v in jsonable(config).items() if k not in left_out}
@@ -121,6 +122,14 @@ def simulate_drift(config: DriftConfig) -> str:
         write_sections(draft.path, "Drift", sections(report), report)
     _print(report)
     return config.out
+
+
+def _as_the_first(build: BuildBankConfig, bank: Artifact) -> BuildBankConfig:
+    """How the first bank was built, placed as `build` says; or `build`, where it says more than where and how fast."""
+    placed = {name: getattr(build, name) for name in PLACING}
+    if build != replace(BuildBankConfig(), **placed):
+        return build
+    return replace(settings_of(BuildBankConfig, bank.settings, source=str(bank.path)), **placed)
 
 
 def _look(config: DriftConfig, made: SimulateUsersConfig, week: int, before: list[User]) -> list[dict[str, Any]]:

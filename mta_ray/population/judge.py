@@ -57,7 +57,7 @@ class JudgeConfig:
     base: str
     bank: str
     max_items: int
-    """Latest items of a user that are encoded, at most."""
+    """Latest items of a user that are encoded, where a question does not say."""
     max_words: int
     """Words of each."""
     workers: ActorConfig

@@ -51,8 +51,8 @@ def simulate_users(config: SimulateUsersConfig) -> str:
     config = located(config, "out")
     task = task_named(config.world.task)
     settings: dict[str, Any] = {"world": asdict(config.world), "users": config.users, "first": config.first}
-    if task.name in words.EDITIONS:
-        settings["edition"] = words.EDITIONS[task.name]
+    if (edition := words.edition(task.name)) > 1:
+        settings["edition"] = edition
     if not config.force and is_current(config.out, kind="users", settings=settings, inputs={}):
         log.info("users: %s is current, nothing to do", config.out)
         return config.out

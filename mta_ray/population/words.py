@@ -5,6 +5,12 @@ from __future__ import annotations
 EDITIONS = {"product_rating": 2, "news_headline": 2}
 """Of the texts of a task; what was made with another one is no longer current. Tasks that are not here are at 1."""
 
+
+def edition(task: str) -> int:
+    """Of the texts of a task."""
+    return EDITIONS.get(task, 1)
+
+
 THEMES: dict[str, tuple[str, ...]] = {
     "sci-fi": ("robots", "a starship", "an alien signal", "a time machine", "cloned astronauts", "a colony on mars"),
     "based on a book": (

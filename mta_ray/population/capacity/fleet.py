@@ -182,6 +182,17 @@ class Plan:
     store_bytes: float
 
 
+def check_lengths(pod: PodConfig, traffic: TrafficConfig) -> None:
+    """Raise ValueError where an average request is longer than a replica takes."""
+    mean = traffic.prompt_tokens + traffic.answer_tokens
+    if mean > pod.max_tokens:
+        raise ValueError(
+            f"a prompt and its answer have {mean:.0f} tokens on average, and a replica takes at most {pod.max_tokens} "
+            "(fleet.pod.max_tokens, as engine.max_tokens of the service); measure one that takes more, or plan for "
+            "shorter requests"
+        )
+
+
 class Planner:
     """Simulates a pod where that is needed, and remembers it."""
 
@@ -199,13 +210,7 @@ class Planner:
         self._known: dict[float, Point] = {}
         # A replica's rate is asked for, so their number stays.
         self._pod = replace(fleet.pod, autoscaler=None)
-        longest = traffic.prompt_tokens + traffic.answer_tokens
-        if longest > fleet.pod.max_tokens:
-            raise ValueError(
-                f"a prompt and its answer have {longest:.0f} tokens on average, and a replica takes at most "
-                f"{fleet.pod.max_tokens} (fleet.pod.max_tokens, as engine.max_tokens of the service); measure one that "
-                "takes more, or plan for shorter requests"
-            )
+        check_lengths(fleet.pod, traffic)
 
     def at(self, per_s: float) -> Point:
         """A pod whose replicas get that many requests a second each."""

@@ -137,8 +137,10 @@ def _validation_section(validation: Mapping[str, Any]) -> Section:
     )
     others = ", ".join(f"{load['others_cpus']:.1f}" for load in loads)
     apart = "; ".join(
-        f"{load['share']:.0%}: " + ", ".join("/".join(f"{ms:.0f}" for ms in runs[clock]) for clock in CLOCKS)
-        for load, runs in ((load, load["each_run"]) for load in loads)
+        f"{load['share']:.0%}: "
+        + ", ".join("/".join(f"{ms:.0f}" for ms in load["each_run"][clock]) for clock in CLOCKS)
+        for load in loads
+        if "each_run" in load
     )
     return Section(
         title="Predicted against measured",

@@ -25,6 +25,8 @@ HOMES_PER_REPLICA = 1000
 """Users whose requests a replica attracts; as `_note_home` of serving/replica.py."""
 BUSY_REQUESTS = 300
 """Requests for each replica that are counted, to see how fast a pod that always has more to do gets through them."""
+ROUNDS = 5
+"""Or so many of each client, where they are many."""
 SLICE_MS = 1.0
 """A step lets the replica's other threads, and the machine's other processes, in between this often."""
 
@@ -47,7 +49,7 @@ class PodConfig:
     max_waiting: int = 32
     """Requests that wait for a row; one more is a 503."""
     max_tokens: int = 512
-    """Of a prompt and its answer together; the service refuses a longer request."""
+    """Of a prompt and its answer together; the service refuses a longer one. Here only their means are looked at."""
     stack_slots: int = 48
     """Stacks on a replica's device at once."""
     cores: int | None = None
@@ -138,10 +140,10 @@ def saturation_per_s(config: PodConfig, times: ServiceTimes, traffic: TrafficCon
     """Requests a second that leave a pod which always has more to do: twice as many clients as it has rows, each of
     whom asks again when it is answered. (A crowd that comes all at once would have its way in behind it too soon.)"""
     clients = 2 * config.max_requests * config.replicas
-    count = BUSY_REQUESTS * config.replicas + 2 * clients
+    count = max(BUSY_REQUESTS * config.replicas, ROUNDS * clients) + 2 * clients
     asked = [
         replace(arrival, at_s=0.0, has_stack=False)
-        for arrival in sample_arrivals(traffic, per_s=1.0, requests=count, users=BUSY_REQUESTS, seed=0)
+        for arrival in sample_arrivals(traffic, per_s=1.0, requests=count, users=clients, seed=0)
     ]
     endless = replace(config, max_waiting=clients, autoscaler=None, routing="two_choices")
     ended = simulate_pod(asked[:clients], endless, times, then=asked[clients:]).outcomes

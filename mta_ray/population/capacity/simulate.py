@@ -12,7 +12,14 @@ from mta_ray.cluster import ClusterConfig
 from mta_ray.console import table_console
 from mta_ray.evaluation.sections import write_sections
 from mta_ray.population.capacity.arrivals import TrafficConfig
-from mta_ray.population.capacity.fleet import DemandConfig, FleetConfig, Planner, SampleConfig, TargetConfig
+from mta_ray.population.capacity.fleet import (
+    DemandConfig,
+    FleetConfig,
+    Planner,
+    SampleConfig,
+    TargetConfig,
+    check_lengths,
+)
 from mta_ray.population.capacity.measure_engine import MeasureConfig, measure_engine
 from mta_ray.population.capacity.report import TITLE, sections, tables
 from mta_ray.population.capacity.service_times import ProcessTime, ServiceTimes, read_times, write_times
@@ -65,6 +72,7 @@ class SimulateCapacityConfig:
                 "no service times: give --service-times FILE, or --measure default (engine alone), or --validate "
                 "(a small service of its own)"
             )
+        check_lengths(self.fleet.pod, self.traffic)
 
 
 def simulate_capacity(config: SimulateCapacityConfig) -> str:

@@ -17,7 +17,7 @@ WARM_USERS = 8
 def bare_users_per_s(plan: CrowdPlan) -> float:
     """Users per second, all encoders together: each encodes one part, made beforehand."""
     encoders = [
-        ray.remote(_BareEncoder).options(num_cpus=cpus_each(plan.workers)).remote(plan, number % plan.parts)
+        ray.remote(_BareEncoder).options(num_cpus=cpus_each(plan.cpus, plan.workers)).remote(plan, number % plan.parts)
         for number in range(plan.workers)
     ]
     users = sum(ray.get([encoder.warm.remote() for encoder in encoders]))

@@ -55,6 +55,8 @@ class CrowdPlan:
     world: WorldConfig
     users: int
     part_users: int
+    cpus: float | None
+    """Of the cluster, where it cannot grow."""
     anchors: Anchors
     fusion: FusionConfig
     model: EmbeddingModel | None
@@ -96,7 +98,7 @@ def run_parts(plan: CrowdPlan, parts: Sequence[int], board: ActorHandle) -> None
     encoders = plan.workers if plan.model is None else 0
     shared: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     of_tasks = shared | {"num_cpus": CPUS, "compute": ray.data.TaskPoolStrategy(size=plan.workers)}
-    of_actors = shared | {"num_cpus": cpus_each(encoders + sinks)}
+    of_actors = shared | {"num_cpus": cpus_each(plan.cpus, encoders + sinks)}
     if plan.model is not None:
         rows = rows.map_batches(draw_part, fn_args=(plan,), **of_tasks)
     else:
@@ -110,10 +112,14 @@ def run_parts(plan: CrowdPlan, parts: Sequence[int], board: ActorHandle) -> None
         pass
 
 
-def cpus_each(actors: int) -> float:
-    """CPUs that each of so many actors holds: they stay for the whole job, and a task must find room beside them."""
-    room = float(ray.cluster_resources().get("CPU", 1.0)) - CPUS
-    return min(CPUS, max(math.floor(room / actors * 1e4) / 1e4, 0.0))
+def cpus_each(cpus: float | None, actors: int) -> float:
+    """CPUs that each of so many actors holds: they stay for the whole job, and a task must find room beside them.
+
+    `cpus` are those of a cluster that cannot grow; one that can makes room for a task.
+    """
+    if cpus is None:
+        return CPUS
+    return min(CPUS, max(math.floor((cpus - CPUS) / actors * 1e4) / 1e4, 0.0))
 
 
 def draw_part(batch: pa.Table, plan: CrowdPlan) -> pa.Table:

@@ -90,7 +90,6 @@ def growth_of(
         "store_bytes": store_bytes,
         "store_bytes_before": store_bytes_before,
         "users_added": sum(part["added"] for part in summaries),
-        "users_kept_as_they_were": sum(part["others"] for part in summaries),
         "is_resumed": run_users < users,
     }
 

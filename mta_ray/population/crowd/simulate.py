@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from ray.actor import ActorHandle
 
 from mta_ray.artifacts import canonical_json, is_current, jsonable, located, open_artifact, publish
-from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.cluster import ClusterConfig, connect, fixed_cpus
 from mta_ray.console import announce
 from mta_ray.evaluation.sections import write_sections
 from mta_ray.files import alone_in
@@ -39,7 +39,7 @@ from mta_ray.population.crowd import sample as crowd_sample
 from mta_ray.population.crowd.anchors import Anchors, anchors_of_bank, anchors_of_sample, publish_anchors
 from mta_ray.population.crowd.bare import bare_users_per_s
 from mta_ray.population.crowd.parts import HASH, PROGRESS, SUMMARY, CrowdPlan, run_parts
-from mta_ray.population.crowd.quality import quality_by_cosine, read_evaluated
+from mta_ray.population.crowd.quality import Evaluated, quality_by_cosine, read_evaluated
 from mta_ray.population.crowd.vectors import fit_model, load_model
 from mta_ray.population.people import WorldConfig, user_name
 from mta_ray.serving.database import DatabaseConfig, is_there, open_database, open_existing
@@ -85,7 +85,7 @@ class SimulatePopulationConfig:
     store: str | None = None
     """User store to fill too: a SQLite file, or `postgresql://user@host/name`; users who are there already stay."""
     tenant: str = "simulated"
-    """Tenant of the users and anchors in the store."""
+    """Tenant of the users in the store, and of anchors that are no bank's."""
     history_items: int = 3
     """Latest items of a user whose text goes into the store."""
     part_users: int | None = None
@@ -147,32 +147,33 @@ def simulate_population(config: SimulatePopulationConfig) -> str:
     kinds = {"bank": "bank", "report": "report", "evaluated": "embeddings"}
     inputs = {name: open_artifact(getattr(config, name), kind=kinds[name], verify=False).hash for name in named}
     settings = {k: v for k, v in jsonable(config).items() if k not in ("out", "force", "cluster", "workers", *kinds)}
-    if config.world.task in words.EDITIONS:
-        settings["edition"] = words.EDITIONS[config.world.task]
+    settings["edition"] = words.edition(config.world.task)
     is_there = is_current(config.out, kind=KIND, settings=settings, inputs=inputs)
     if not config.force and is_there and _is_stored(config):
         log.info("population: %s is current, nothing to do", config.out)
         return config.out
 
-    work = Path(f"{config.out}.parts")
-    with alone_in(work, "another simulation"):
-        if config.force:
-            _empty(work)
-        report = _make(config, settings, inputs, work)
-        shutil.rmtree(work, ignore_errors=True)
-    announce(crowd_report.told(report))
-    log.info("population: %d users, in %s", config.users, config.out)
-    return config.out
-
-
-def _make(config: SimulatePopulationConfig, settings: dict, inputs: dict[str, str], work: Path) -> dict[str, Any]:
-    """Publish it; its report."""
     evaluated = None
     if config.report is not None and config.evaluated is not None:
         evaluated = read_evaluated(
             config.report, config.evaluated, bank_hash=inputs["bank"], method=config.method, task=config.world.task,
             max_items=config.max_items, max_words=config.max_words,
         )  # fmt: skip
+    work = Path(f"{config.out}.parts")
+    with alone_in(work, "another simulation"):
+        if config.force:
+            _empty(work)
+        report = _make(config, settings, inputs, work, evaluated)
+        shutil.rmtree(work, ignore_errors=True)
+    announce(crowd_report.told(report))
+    log.info("population: %d users, in %s", config.users, config.out)
+    return config.out
+
+
+def _make(
+    config: SimulatePopulationConfig, settings: dict, inputs: dict[str, str], work: Path, evaluated: Evaluated | None
+) -> dict[str, Any]:
+    """Publish it; its report."""
     with connect(config.cluster), publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         board = open_board()
 
@@ -199,7 +200,7 @@ def _make(config: SimulatePopulationConfig, settings: dict, inputs: dict[str, st
         for part in range(run.plan.parts):
             _link(run.plan.file(part), draft.path)
         write_sections(draft.path, "A simulated population", crowd_report.sections(report), report)
-        draft.facts.update(users=config.users, anchors=len(crowd.anchors.ids), encoder=crowd.anchors.encoder)
+        draft.facts.update(users=config.users, anchors=report["anchors"]["count"], encoder=crowd.anchors.encoder)
     return report
 
 
@@ -229,7 +230,7 @@ def _prepare(config: SimulatePopulationConfig, work: Path, board: ActorHandle) -
     # 1. encoded users, kept until all is done: drawing goes on with the same model after a stop
     encoder = config.encoder if anchors is None else anchors.encoder
     users = config.fitted_on + (config.held_out if is_sampled else 0)
-    edition = words.EDITIONS.get(config.world.task, 1)
+    edition = words.edition(config.world.task)
     made_of = (asdict(config.world), edition, encoder, config.max_items, config.max_words, config.history_items, users)
     name = _digest(made_of)
     with follow(board, crowd_sample.PROGRESS, users, "users"):
@@ -342,12 +343,13 @@ def _plan(
     decides = (
         *(asdict(config.world), part_users, config.embeddings, anchors.hash, anchors.retired, asdict(config.fusion)),
         *(config.max_items, config.max_words, config.history_items, config.fitted_on, config.held_out),
-        *(config.tenant, store, words.EDITIONS.get(config.world.task, 1)),
+        *(config.tenant, store, words.edition(config.world.task)),
     )
     return CrowdPlan(
         world=config.world,
         users=users,
         part_users=part_users,
+        cpus=fixed_cpus(config.cluster),
         anchors=anchors,
         fusion=config.fusion,
         model=crowd.model,

@@ -60,7 +60,7 @@ class TrafficConfig:
     delete_share: float = 0.02
     """Share of sessions that delete a user; only of users that are new in this run."""
     settled_s: float = 15.0
-    """Such a user, or one who asks for a stack, sent the first history at least so long before, so that it is there."""
+    """Who is deleted, or asks for a stack, sent the first history at least so long before, so that it is there."""
     seed: int = 0
 
     def __post_init__(self) -> None:
