@@ -175,7 +175,7 @@ def _predict(
             rows += found
             users = len({row["user_id"] for row in found})
             for method, (bytes_per_user, seconds_per_user) in spent.items():
-                costs[method].add(users, bytes_per_user, seconds_per_user)
+                costs[method].add(users, float(bytes_per_user), float(seconds_per_user))
             meter.advance(users)
     return rows, costs
 

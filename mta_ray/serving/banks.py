@@ -160,6 +160,13 @@ class Banks:
         version = self.state().active_version
         return None if version is None else self.get(version)
 
+    def known_as(self, digest: str) -> str | None:
+        """The version under which the bank of that hash is published, if it is."""
+        with self.database.reading() as connection:
+            query = sa.select(banks.c.version).where(banks.c.hash == digest).order_by(banks.c.published_at_s)
+            version = connection.execute(query.limit(1)).scalar()
+        return None if version is None else str(version)
+
     def versions(self) -> list[str]:
         """All published versions, oldest first."""
         with self.database.reading() as connection:

@@ -175,14 +175,14 @@ def _adopt(config: ServeConfig, database: Database, fingerprint: str) -> None:
     """A bank that the store has not seen (a new run at the old place) is in force; a known one changes nothing."""
     banks = Banks(database)
     new = describe(config.bank, base_fingerprint=fingerprint, tenant=config.tenant)
-    known = {banks.get(version).bank.hash: version for version in banks.versions()}
-    if new.hash not in known:
+    known = banks.known_as(new.hash)
+    if known is None:
         banks.publish(new)
         banks.activate(new.version)
         return
-    banks.publish(replace(new, version=known[new.hash]))  # it may have moved since
+    banks.publish(replace(new, version=known))  # it may have moved since
     active = banks.state().active_version
-    if active != known[new.hash]:
+    if active != known:
         log.info("bank %s stays in force; `mta bank publish --bank %s` changes it", active, shlex.quote(config.bank))
 
 

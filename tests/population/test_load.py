@@ -123,7 +123,7 @@ def test_a_question_beside_a_change_may_have_either_answer(run: LoadRun) -> None
     book = run.book
     assert book is not None
     book.expected(998, ())  # somebody else whom every anchor answers alike; the others are nobody's but this user's
-    old, new, tokens = ((0, 1.0),), ((1, 1.0),), 12
+    old, new, tokens = ((0, 0.6), (1, 0.4)), ((1, 0.7), (2, 0.3)), 12
     said = {anchors: book.text(book.expected(999, anchors), tokens) for anchors in (old, new, ())}
     assert len(set(said.values())) == 3
 

@@ -124,15 +124,16 @@ def route_many(
 def publish_anchors(database: Database, anchors: Anchors, *, tenant: str, path: str) -> Anchors:
     """Make the anchors known to a store, so that routes can name them: how they are named there, and who is retired.
 
-    A bank's are users of the tenant that it was published with, before or (`mta serve` and `mta bank publish` go by its
-    name) by them; where it is new here, of the service's own. Others are users of `tenant`. A bank is activated where
-    none is; anchors without adapters never are: no service could load them.
+    A bank that is published there keeps its version, and its anchors their tenant; in a store that does not know it they
+    are users of the tenant `default` (a service of another tenant has to publish it first). Anchors without a bank are
+    users of `tenant`. A bank is activated where none is; anchors without adapters never are: no service could load them.
     """
     banks = Banks(database)
+    version = banks.known_as(anchors.hash) or anchors.version
     tenant = DEFAULT_TENANT if anchors.is_bank else tenant
     banks.publish(
         NewBank(
-            version=anchors.version,
+            version=version,
             path=path,
             hash=anchors.hash,
             base_fingerprint=anchors.base_fingerprint,
@@ -141,6 +142,6 @@ def publish_anchors(database: Database, anchors: Anchors, *, tenant: str, path: 
         )
     )
     if anchors.is_bank and banks.active() is None:
-        banks.activate(anchors.version)
-    known = banks.get(anchors.version)
-    return replace(anchors, named=known.bank.anchors, retired=tuple(sorted(known.retired_slots)))
+        banks.activate(version)
+    known = banks.get(version)
+    return replace(anchors, version=version, named=known.bank.anchors, retired=tuple(sorted(known.retired_slots)))
