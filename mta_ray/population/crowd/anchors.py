@@ -124,9 +124,10 @@ def route_many(
 def publish_anchors(database: Database, anchors: Anchors, *, tenant: str, path: str) -> Anchors:
     """Make the anchors known to a store, so that routes can name them: how they are named there, and who is retired.
 
-    A bank that is published there keeps its version, and its anchors their tenant; in a store that does not know it they
-    are users of the tenant `default` (a service of another tenant has to publish it first). Anchors without a bank are
-    users of `tenant`. A bank is activated where none is; anchors without adapters never are: no service could load them.
+    A bank that is published there keeps its version, and its anchors their tenant; in a store that does not know it
+    they are users of the tenant `default` (a service of another tenant has to publish it first). Anchors without a bank
+    are users of `tenant`. A bank is activated where none is; anchors without adapters never are: no service could load
+    them.
     """
     banks = Banks(database)
     version = banks.known_as(anchors.hash) or anchors.version
