@@ -81,6 +81,16 @@ def test_what_a_client_alone_waits_for_besides_is_found_again() -> None:
     assert found.away_ms == 0 and found.after_share == pytest.approx(0.4, abs=0.02)
 
 
+def test_work_that_takes_longer_beside_other_work_is_found_again() -> None:
+    """Clients at once, of whom a service was measured whose every part takes a fifth longer than its CPU times say."""
+    pod = PodConfig(replicas=1, cores=2)
+    measured = []
+    for tokens in (4, 16):
+        run = {"clients": 8, "tokens": float(tokens), "prompt_tokens": float(PROMPT), "others_cpus": 0.0}
+        measured.append(run | {"total_ms_p50": live_times._at_once(KNOWN.scaled(1.2), pod, run, "total_ms")})
+    assert live_times._slower(KNOWN, pod, measured) == pytest.approx(1.2, abs=0.03)
+
+
 def test_others_are_what_neither_the_service_nor_its_client_took() -> None:
     seen = Seen(
         seconds=10.0, machine_ms=9_000.0, used={"proxy": Usage(1_000.0, 500.0, 0.0), "x": Usage(0.0, 0.0, 2_500.0)}

@@ -44,6 +44,9 @@ KINDS = ("python", "native", "engine")
 COEFFICIENTS = ("fixed_ms", "row_ms", "prompt_ms", "prompt_token_ms")
 TURNS = (1, 2, 4, 8)
 """What `turns` may be."""
+SLOWER = (0.75, 1.5)
+"""Within what work may be longer than CPU times say, or shorter."""
+BISECTIONS = 8
 ROUND = 8
 """For every so many clients at once, as many requests again."""
 APART_S = 5.0
@@ -216,6 +219,10 @@ def calibrate(
     pod = replace(pod, others=min(others, OTHERS_MAX * (pod.cores or 1)))
     tried = [_with_rest(replace(times, turns=turns), pod, alone) for turns in TURNS]
     times = min(tried, key=lambda one: _late(one, pod, some))
+
+    # 4. how much longer work takes than CPU times say while several are at it
+    slower = _slower(times, pod, some)
+    times = times.scaled(slower)
     for run, (ttft_ms, total_ms) in zip(alone, _alone(times, pod, alone), strict=True):
         run |= {"simulated_ttft_ms": ttft_ms, "simulated_total_ms": total_ms}
     prompt_tokens = round(float(np.mean([run["prompt_tokens"] for run in alone])))
@@ -225,6 +232,7 @@ def calibrate(
         "one_at_a_time": alone,
         "at_once": [*some, *crowd],
         "engine_over_step": scale,
+        "slower": slower,
         "prompt_tokens": prompt_tokens,
     }
 
@@ -312,14 +320,35 @@ def _late(times: ServiceTimes, pod: PodConfig, measured: Sequence[Mapping[str, A
     return sum(abs(math.log(_first_token_ms(times, pod, run) / run["ttft_ms_p50"])) for run in measured)
 
 
+def _slower(times: ServiceTimes, pod: PodConfig, measured: Sequence[Mapping[str, Any]]) -> float:
+    """So much longer all work has to be for whole answers to clients who ask at once to take what was measured.
+
+    Threads that share caches and cores get in each other's way; near saturation a tenth of that doubles the waiting.
+    """
+
+    def missing(factor: float) -> float:
+        longer = times.scaled(factor)
+        return sum(math.log(run["total_ms_p50"] / _at_once(longer, pod, run, "total_ms")) for run in measured)
+
+    low, high = SLOWER
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if missing(middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
 def _first_token_ms(times: ServiceTimes, pod: PodConfig, run: Mapping[str, Any]) -> float:
+    return _at_once(times, pod, run, "ttft_ms")
+
+
+def _at_once(times: ServiceTimes, pod: PodConfig, run: Mapping[str, Any], clock: str) -> float:
     """The median with as many clients who ask again when they are answered."""
     asked = [
         Arrival(0.0, n, round(run["prompt_tokens"]), round(run["tokens"])) for n in range(run["clients"] * (ALONE // 2))
     ]
     pod = replace(pod, others=min(run["others_cpus"], OTHERS_MAX * (pod.cores or 1)))
     outcomes = simulate_pod(asked[: run["clients"]], pod, times, then=asked[run["clients"] :]).outcomes
-    return float(np.median([outcome.ttft_ms for outcome in outcomes[run["clients"] :]]))
+    return float(np.median([getattr(outcome, clock) for outcome in outcomes[run["clients"] :]]))
 
 
 def _alone(times: ServiceTimes, pod: PodConfig, measured: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:

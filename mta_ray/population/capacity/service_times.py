@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +83,10 @@ class ProcessTime:
         """For a request with that many pieces."""
         return self.request_ms + self.native_request_ms + tokens * (self.token_ms + self.native_token_ms)
 
+    def scaled(self, factor: float) -> ProcessTime:
+        """All of it, that much longer."""
+        return ProcessTime(**{name: value * factor for name, value in asdict(self).items()})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceTimes:
@@ -119,6 +123,13 @@ class ServiceTimes:
             raise ValueError(f"after_share is {self.after_share}, wanted 0 to 1")
         if self.turns < 1:
             raise ValueError(f"turns is {self.turns}, wanted at least 1")
+
+    def scaled(self, factor: float) -> ServiceTimes:
+        """All work that much longer; what is waited for stays."""
+        names = ("fixed_ms", "row_ms", "prompt_ms", "prompt_token_ms")
+        step = replace(self.step, **{name: getattr(self.step, name) * factor for name in names})
+        parts = {name: getattr(self, name).scaled(factor) for name in ("proxy", "ingress", "replica", "client")}
+        return replace(self, step=step, **parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
