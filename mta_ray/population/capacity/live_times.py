@@ -338,6 +338,7 @@ def _slower(times: ServiceTimes, pod: PodConfig, measured: Sequence[Mapping[str,
 
 
 def _first_token_ms(times: ServiceTimes, pod: PodConfig, run: Mapping[str, Any]) -> float:
+    """The median to the first token, as `_at_once`."""
     return _at_once(times, pod, run, "ttft_ms")
 
 

@@ -150,7 +150,7 @@ def _validation_section(validation: Mapping[str, Any]) -> Section:
         notes=[
             f"A service of base {validation['config']['base']} on {validation['cpus']} CPUs, which run its client too. "
             "Known to the model: step times of the engine by itself, CPU times of the processes while one client asks "
-            "alone and a few ask at once, each waiting for its answer, and the arrivals.",
+            "alone and a few ask at once, each waiting for its answer, what they waited for, and the arrivals.",
             f"Loads are shares of {validation['can_per_s']:.1f} requests/s, which the model says this service can do. "
             f"Other programs took {others} CPUs meanwhile, which the model is told.",
             f"What was measured is all runs of a load together. Each run by itself, ms, in the order above: {apart}.",
