@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any
 
 from matplotlib import rc_context
@@ -192,7 +191,8 @@ def findings(report: Mapping[str, Any]) -> list[str]:
         rows = [row for row in report["rows"] if row["line"] == line]
         tried = ", ".join(str(row["week"]) for row in rows)
         some = ", ".join(str(row["week"]) for row in rows if row["gain_low"] > 0)
-        lasting = list(reversed(list(takewhile(lambda row: row["gain_low"] > 0, reversed(rows)))))
+        last = max((place for place, row in enumerate(rows) if row["gain_low"] <= 0), default=-1)
+        lasting = rows[last + 1 :]
         if lasting:
             first = lasting[0]
             said.append(

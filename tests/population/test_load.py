@@ -52,12 +52,12 @@ def test_every_answer_is_its_own_users(run: LoadRun) -> None:
     verdicts = judge(run.rows, run.book)
     told = Counter(verdicts)
     assert told["wrong"] == told["wrong_user"] == told["failed"] == 0, told
-    asks = [verdict for row, verdict in zip(run.rows, verdicts, strict=True) if row.kind == "ask"]
+    told_to = [(row.user, verdict) for row, verdict in zip(run.rows, verdicts, strict=True) if row.kind == "ask"]
     # who asked for a stack cannot be judged from then on
     stacked = {row.user for row in run.rows if row.kind == "stack" and row.status == 202}
-    unchecked = {row.user for row, verdict in zip(run.rows, verdicts, strict=True) if verdict == "unchecked"}
-    assert stacked & unchecked
-    assert len(asks) >= 20 and asks.count("ok") >= 0.85 * len(asks)
+    assert any(user in stacked and verdict == "unchecked" for user, verdict in told_to)
+    asks = [verdict for user, verdict in told_to if user not in stacked]
+    assert len(asks) >= 20 and asks.count("ok") >= 0.9 * len(asks)
     users = {row.user for row in run.rows}
     assert min(users) < 18 and any(18 <= user < 40 for user in users) and max(users) >= 40
     assert {row.kind for row in run.rows} == {"ask", "history", "stack", "delete"}
