@@ -18,7 +18,7 @@ from mta_ray.comparison.recipes import Recipe
 from mta_ray.evaluation.asker import MERGED, STACK, Asker, history_bytes
 from mta_ray.lamp.prompts import nearest_items
 from mta_ray.lamp.users import User
-from mta_ray.lora.adapter import Adapter, to_bytes
+from mta_ray.lora.adapter import Adapter, as_kept, to_bytes
 from mta_ray.lora.bank import Bank, load_bank
 from mta_ray.lora.slots import Route
 from mta_ray.model.backbone import RoutedModel
@@ -38,7 +38,7 @@ class Personalised:
     routes: dict[str, Sequence[Route] | None] = field(default_factory=dict)
     """Shelf to one route a user."""
     bytes: list[float] = field(default_factory=list)
-    """What is kept of each user."""
+    """What is kept of each user; the answers are by what so many bytes hold."""
 
 
 class Answerer:
@@ -116,10 +116,10 @@ class Answerer:
             routes = self._routes(recipe, cell, users, vectors)
             routes = self._learned(recipe, users, routes, context)
             if recipe.fusion.mode == "exact":
-                made.routes[BANK] = routes
+                made.routes[BANK] = routes if recipe.anchors == "all" else [route.as_kept() for route in routes]
                 kept = [0 if recipe.anchors == "all" else route.bytes for route in routes]
             else:
-                merged = [fused_adapter(route, self.bank, recipe.fusion.mode) for route in routes]
+                merged = [as_kept(fused_adapter(route, self.bank, recipe.fusion.mode)) for route in routes]
                 made.routes[MERGED] = self.asker.load(MERGED, merged)
                 kept = [len(to_bytes(adapter)) for adapter in merged]
             made.bytes = [before + more for before, more in zip(made.bytes, kept, strict=True)]
@@ -129,7 +129,7 @@ class Answerer:
             adapters, _ = self.asker.train_own(
                 users, recipe.own, made.routes, is_one_epoch=recipe.is_one_epoch, context_items=context
             )
-            made.routes[STACK] = self.asker.load(STACK, adapters)
+            made.routes[STACK] = self.asker.load(STACK, [as_kept(own) if own else None for own in adapters])
             made.bytes = [before + _adapter_bytes(own) for before, own in zip(made.bytes, adapters, strict=True)]
         return made
 

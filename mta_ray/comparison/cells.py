@@ -32,7 +32,7 @@ from mta_ray.personalize.base_model import Wording
 from mta_ray.pipeline.actors import ActorConfig
 
 ORDER = ["dataset", "method", "rag", "budget", "seed"]
-_ANSWERS_VERSION = 1
+_ANSWERS_VERSION = 2
 """Raised by whoever changes what a method answers: cells from before are then made anew."""
 _ANSWERS = pa.schema(
     [("user_id", pa.string()), ("query_id", pa.string()), ("prompt_hash", pa.string()), ("prediction", pa.string())]

@@ -66,6 +66,11 @@ def from_bytes(tensors: bytes, scale: float) -> Adapter:
     return Adapter(factors=factors, scale=scale)
 
 
+def as_kept(adapter: Adapter) -> Adapter:
+    """The adapter with the rounding that keeping it brings, in float32."""
+    return from_bytes(to_bytes(adapter), adapter.scale)
+
+
 def save_peft(adapter: Adapter, folder: str | Path, *, base_model: str) -> Path:
     """Write the adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors), the config last.
 

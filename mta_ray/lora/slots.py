@@ -37,9 +37,15 @@ class Route:
 
     @property
     def bytes(self) -> int:
-        """What has to be kept for the user: 2 bytes a slot id, 2 a weight, 2 a coefficient."""
+        """What has to be kept for the user: 2 bytes a slot id, 2 a weight, 2 a coefficient; `as_kept` has them so."""
         extra = sum(c.numel() for c in self.coefficients.values()) if self.coefficients else 0
         return 4 * len(self.slots) + 2 * extra
+
+    def as_kept(self) -> Route:
+        """The route with its numbers rounded to float16."""
+        weights = tuple(torch.tensor(self.weights, dtype=torch.float16).tolist())
+        held = {module: each.half().float() for module, each in (self.coefficients or {}).items()}
+        return Route(slots=self.slots, weights=weights, coefficients=held or None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mta_ray.comparison.answerer import Answerer
+from mta_ray.comparison.cells import Cell
 from mta_ray.comparison.datasets import read_tested
 from mta_ray.comparison.materials import MaterialsConfig
-from mta_ray.comparison.recipes import MethodSettings
+from mta_ray.comparison.recipes import MethodSettings, recipes
 from mta_ray.comparison.results import METHODS
 from mta_ray.comparison.run import BenchmarkConfig, benchmark
 from mta_ray.lamp.users import User
-from mta_ray.lora.adapter import Adapter, load_peft
+from mta_ray.lora.adapter import Adapter, Factors, load_peft
 from mta_ray.lora.bank import load_bank
 from mta_ray.lora.fusion import fuse
 from mta_ray.lora.fusion_config import FusionConfig
@@ -126,13 +128,15 @@ def test_mta_answers_as_a_model_with_fusion_and_stack_merged_into_its_weights(co
         cosines = bank.embeddings @ vector
         nearest = np.argsort(-cosines)[:2]
         weights = np.exp(cosines[nearest] / 0.1) / np.exp(cosines[nearest] / 0.1).sum()
+        weights = weights.astype(np.float16)  # two bytes each are counted
         fused = fuse([bank.adapter(int(anchor)) for anchor in nearest], weights.tolist())
 
         # 2. the stack over them
         backbone = base.load()
         merge(backbone.model, fused)
         examples = tokenised(backbone, base.wording.history(known))
-        stack = stack_users(RoutedModel(backbone), [(user.id, examples, None)], replace(FEW, seed=3)).adapters[0]
+        trained = stack_users(RoutedModel(backbone), [(user.id, examples, None)], replace(FEW, seed=3)).adapters[0]
+        stack = _rounded(trained)
 
         # 3. answers
         whole = base.load()
@@ -171,7 +175,8 @@ def test_every_rival_answers_as_a_model_with_its_adapter_merged_into_the_weights
         order = np.argsort(-(bank.embeddings @ encode(encoder.embed_users([item_texts(user, 24, 64)]), bank.center)[0]))
         backbone = base.load()
         examples = tokenised(backbone, base.wording.history(user))
-        own = stack_users(RoutedModel(backbone), [(user.id, examples, None)], replace(FEW, seed=3)).adapters[0]
+        trained = stack_users(RoutedModel(backbone), [(user.id, examples, None)], replace(FEW, seed=3)).adapters[0]
+        own = _rounded(trained)
 
         assert said["non_personalised"] == said_by(None, user)
         assert said["all_users_lora"] == said_by(pooled, user) != said["non_personalised"]
@@ -191,6 +196,25 @@ def test_every_rival_answers_as_a_model_with_its_adapter_merged_into_the_weights
     flat = results["prediction"].groupby("method").agg(list)
     assert flat["nearest_item"] != flat["majority_label"] and flat["prime"] != flat["mta_fusion"]
     assert flat["as_released"] not in (flat["mta"], flat["mta_fusion"], flat["non_personalised"])
+
+
+@pytest.mark.parametrize(("method", "shelves"), [("mta", ["stack"]), ("as_released", ["merged", "stack"])])
+def test_answers_are_by_what_is_left_of_an_adapter_in_the_bytes_that_are_counted(config, method, shelves) -> None:
+    home = Path(config.out, "materials", "simulated_movie_tagging")
+    answerer = Answerer(config.workers)
+    cell = Cell(
+        dataset="simulated_movie_tagging", recipe=recipes(config.settings)[method], rag=False, budget="all", seed=3,
+        whole=True, tested=f"{home}/tested", base=f"{home}/base", bank=f"{home}/bank-seed-3", users_per_pack=16,
+        inputs=(),
+    )  # fmt: skip
+    said = {query: answer for _, query, _, answer in answerer.run(cell).rows}
+    results = pd.read_parquet(Path(config.out, "results.parquet"))
+    results = results[(results["budget"] == "all") & (results["method"] == method) & ~results["rag"]]
+    assert said == dict(zip(results["query_id"], results["prediction"], strict=True))
+    for layer in answerer.asker.routed.layers.values():
+        for shelf in shelves:
+            for factor in (layer.shelves[shelf].down, layer.shelves[shelf].up):
+                assert factor.any() and factor.equal(factor.bfloat16().float())
 
 
 def test_only_missing_cells_are_made_again_and_the_results_are_the_same_to_the_byte(config) -> None:
@@ -220,3 +244,12 @@ def test_a_report_can_be_made_anywhere_of_the_results_alone(config, tmp_path) ->
         benchmark(BenchmarkConfig(out=str(tmp_path), report_only=True))
     with pytest.raises(ValueError, match="no finished benchmark"):
         benchmark(BenchmarkConfig(out=str(tmp_path / "nothing"), report_only=True))
+
+
+def _rounded(adapter: Adapter) -> Adapter:
+    """To the two bytes a number that keeping it is counted with."""
+    held = {
+        module: Factors(down=factors.down.bfloat16().float(), up=factors.up.bfloat16().float())
+        for module, factors in adapter.factors.items()
+    }
+    return Adapter(factors=held, scale=adapter.scale)

@@ -144,6 +144,15 @@ def test_coefficients_scale_single_directions(tiny_model):
     torch.testing.assert_close(got, layer.base(x) + x @ dense.T, atol=1e-5, rtol=1e-5)
 
 
+def test_a_route_as_it_is_kept_has_float16_s_numbers():
+    route = Route(slots=(3, 1), weights=(0.7, 0.3), coefficients={"q": torch.tensor([[1.1, 0.9], [1.0, 1e-9]])})
+    kept = route.as_kept()
+    assert kept.slots == (3, 1)
+    assert kept.weights == tuple(np.array([0.7, 0.3], np.float16).tolist()) != route.weights
+    assert kept.coefficients["q"].tolist() == np.array([[1.1, 0.9], [1.0, 0.0]], np.float16).tolist()
+    assert kept.bytes == route.bytes == 2 * (2 + 2) + 4 * 2
+
+
 def test_rows_with_finer_coarser_and_no_coefficients_share_a_batch(tiny_model):
     routed = RoutedModel(tiny_model())
     _fill(routed, _adapters(routed, 2))
