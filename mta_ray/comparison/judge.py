@@ -27,9 +27,9 @@ from mta_ray.comparison.results import (
     is_ablation,
     label,
 )
-from mta_ray.evaluation.statistics import Interval, bootstrap, holm, sign_flip_p
+from mta_ray.evaluation.statistics import Interval, bootstrap, holm, interval_of, resampled, sign_flip_p
 from mta_ray.lamp.leaks import Leaks
-from mta_ray.lamp.metrics import score
+from mta_ray.lamp.metrics import score, score_of_terms, terms
 from mta_ray.lamp.tasks import Task, task_named
 
 
@@ -66,6 +66,7 @@ def judge(
     Semantics of a method's figures in a group of users:
       score            mean over seeds of each query's score first; then over queries, or over users of their means
       over_X           the same of the differences to X, query by query, over the seeds that both stand with
+      metrics          LaMP's, of each seed's answers, then the mean over seeds; so too in each sample of people
       low, high        percentile 95% interval, people resampled with all their queries; what chance all of them share
                        (one draw of a bank) is not in it, but in the spread over seeds
       p                sign-flip test of people's differences to mta (the sum of their users' means), two-sided
@@ -193,13 +194,18 @@ def _figures(
         for name, p, corrected in zip(family, p_values, holm(p_values), strict=True):
             found[name] |= {"p": p, "p_holm": corrected}
 
-    # 5. LaMP's metrics of each seed's answers: their mean, and their spread
-    for (name, _), answers in rows.groupby(["name", "seed"], sort=True):
-        found[str(name)].setdefault("metrics_of_seeds", []).append(measure(answers))
-    for figures in found.values():
-        metrics = pd.DataFrame(figures.pop("metrics_of_seeds"))
+    # 5. LaMP's metrics of each seed's answers: their mean, their spread, and the mean's intervals
+    person_of = pd.Series(person, index=users)
+    for name, answers in rows.groupby("name", sort=True):
+        by = [own for _, own in answers.groupby("seed", sort=True)]
+        metrics = pd.DataFrame([measure(own) for own in by])
+        of_samples = measure.of_samples([(own, person_of[own["user_id"]].to_numpy()) for own in by], samples, seed)
+        figures = found[str(name)]
         figures["metrics"] = {metric: float(value) for metric, value in metrics.mean().items()}
         figures["spread_over_seeds"] = {metric: _plain(value) for metric, value in metrics.std(ddof=1).items()}
+        figures["metric_intervals"] = {
+            metric: _interval(interval_of(value, of_samples[metric])) for metric, value in figures["metrics"].items()
+        }
     return found
 
 
@@ -215,16 +221,33 @@ class _Metrics:
 
     def __init__(self, task: Task, labels: tuple[str, ...] | None) -> None:
         self.task, self.labels = task, labels
-        self.known: dict[tuple[str, str], dict[str, float]] = {}
+        self.known: dict[tuple[str, str], np.ndarray] = {}
 
     def __call__(self, answers: pd.DataFrame) -> dict[str, float]:
+        if self.task.kind != "text":
+            return score(self.task, answers["prediction"].tolist(), answers["gold"].tolist(), self.labels)
+        return dict(zip(self.task.metrics, self._terms(answers).mean(axis=0).tolist(), strict=True))
+
+    def of_samples(
+        self, seeds: Sequence[tuple[pd.DataFrame, np.ndarray]], samples: int, draw: int
+    ) -> dict[str, np.ndarray]:
+        """Metric to its mean over seeds in each sample of people; of each seed, the answers and each one's person."""
+        sums = [_sums(self._terms(answers), person) for answers, person in seeds]
+        queries = np.bincount(seeds[0][1]).astype(np.float64)
+        if len(queries) < 2:  # one says nothing about others
+            return dict.fromkeys(self.task.metrics, np.array([math.nan]))
+        drawn = resampled(np.column_stack([queries, *sums]), samples=samples, seed=draw)
+        parts = np.split(drawn[:, 1:], len(seeds), axis=1)
+        found = [score_of_terms(self.task, part, drawn[:, 0]) for part in parts]
+        return {metric: np.mean([each[metric] for each in found], axis=0) for metric in self.task.metrics}
+
+    def _terms(self, answers: pd.DataFrame) -> np.ndarray:
         said, golds = answers["prediction"].tolist(), answers["gold"].tolist()
         if self.task.kind != "text":
-            return score(self.task, said, golds, self.labels)
+            return terms(self.task, said, golds, self.labels)
         for pair in set(zip(said, golds, strict=True)) - self.known.keys():
-            self.known[pair] = score(self.task, [pair[0]], [pair[1]])
-        found = [self.known[pair] for pair in zip(said, golds, strict=True)]
-        return {metric: float(np.mean([values[metric] for values in found])) for metric in self.task.metrics}
+            self.known[pair] = terms(self.task, [pair[0]], [pair[1]])[0]
+        return np.array([self.known[pair] for pair in zip(said, golds, strict=True)])
 
 
 def _interval(interval: Interval) -> dict[str, float | None]:

@@ -47,7 +47,7 @@ def quality_rows(dataset: Mapping[str, Any], group: str) -> Rows:
         found.append(
             (
                 name,
-                *(words.number(figures["metrics"][metric]) for metric in metrics),
+                *(value(figures["metric_intervals"][metric]) for metric in metrics),
                 value(figures["per_user"]["score"], dataset["higher_is_better"]),
                 "" if name == BASELINE else difference(figures, BASELINE),
                 "" if name == OURS else difference(figures, OURS),
@@ -208,8 +208,8 @@ def terminal_table(name: str, dataset: Mapping[str, Any]) -> Table:
     return shown
 
 
-def value(interval: Mapping[str, Any], higher_is_better: bool) -> str:
-    """`0.512 [0.401, 0.623]`: a score as the metric that it is."""
+def value(interval: Mapping[str, Any], higher_is_better: bool = True) -> str:
+    """`0.512 [0.401, 0.623]`; a score of a metric that is better where it is lower as that metric."""
     ends = (interval["mean"], interval["low"], interval["high"])
     if not higher_is_better:
         ends = (-interval["mean"], *(None if end is None else -end for end in (interval["high"], interval["low"])))

@@ -88,17 +88,27 @@ def bootstrap(totals: np.ndarray, weights: np.ndarray, *, samples: int = 2000, s
     means = totals.sum(0) / weights.sum()
     if len(totals) < 2:
         return [Interval(mean=float(mean), low=float("nan"), high=float("nan")) for mean in means]
+    drawn = resampled(np.column_stack([totals, weights]), samples=samples, seed=seed)
+    return [
+        interval_of(mean, values)
+        for mean, values in zip(means.tolist(), (drawn[:, :-1] / drawn[:, -1:]).T, strict=True)
+    ]
 
-    # 1. draw as many users, with replacement, `samples` times
+
+def resampled(totals: np.ndarray, *, samples: int = 2000, seed: int = 0) -> np.ndarray:
+    """(samples, columns): sums of the totals (users, columns) of as many users, drawn with replacement."""
     found = []
     for drawn in _draws(len(totals), samples, seed):
         rows = np.arange(len(drawn))[:, None] * len(totals)
         times = np.bincount((rows + drawn).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
-        found.append(times @ totals / (times @ weights)[:, None])
+        found.append(times @ totals)
+    return np.concatenate(found)
 
-    # 2. percentiles
-    low, high = np.percentile(np.concatenate(found), [2.5, 97.5], axis=0)
-    return [Interval(mean=float(m), low=float(a), high=float(b)) for m, a, b in zip(means, low, high, strict=True)]
+
+def interval_of(mean: float, values: np.ndarray) -> Interval:
+    """A mean with the percentile 95% interval of what it is in the samples."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Interval(mean=mean, low=float(low), high=float(high))
 
 
 def sign_flip_p(differences: Sequence[float] | np.ndarray, *, samples: int = 9999, seed: int = 0) -> float:

@@ -1,4 +1,7 @@
-"""Predictions and golds in, LaMP's scores out: over a list, as LaMP has them, and per query, where higher is better."""
+"""Predictions and golds in, LaMP's scores out: over a list, as LaMP has them, and per query, where higher is better.
+
+And as sums over queries, for whoever scores the same queries in many samples.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,14 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
+from jaxtyping import Float
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_mean_squared_error
 
 from mta_ray.lamp.tasks import Task, normalise_label
 
-__all__ = ["normalise_label", "query_score", "score"]
+__all__ = ["normalise_label", "query_score", "score", "score_of_terms", "terms"]
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +62,47 @@ def query_score(task: Task, prediction: str, gold: str, labels: Sequence[str] | 
         truth = _rating_of_gold(task, gold)
         return -abs(_rating(prediction, truth, names) - truth)
     return float(_rouge().score(gold, prediction)["rouge1"].fmeasure)
+
+
+def terms(
+    task: Task, predictions: Sequence[str], golds: Sequence[str], labels: Sequence[str] | None = None
+) -> Float[np.ndarray, "queries terms"]:
+    """What each query adds to the sums that all metrics are functions of.
+
+    Labels: right or not; then of each class whether it is hit, said wrongly, missed. Ratings: the absolute error and
+    its square. Texts: both ROUGE F-measures.
+    """
+    names = tuple(labels or task.labels)
+    if task.kind == "rating":
+        truths = [_rating_of_gold(task, gold) for gold in golds]
+        pairs = zip(predictions, truths, strict=True)
+        errors = np.array([_rating(text, truth, names) - truth for text, truth in pairs], np.float64)
+        return np.stack([np.abs(errors), errors**2], axis=1)
+    if task.kind == "text":
+        found = [_rouge().score(gold, text) for text, gold in zip(predictions, golds, strict=True)]
+        return np.array([[r["rouge1"].fmeasure, r["rougeL"].fmeasure] for r in found], np.float64).reshape(-1, 2)
+    numbers = _numbers(names)
+    classes = np.array(sorted(set(numbers.values())))
+    truth = np.array([_class_of_gold(task, gold, numbers) for gold in golds])[:, None] == classes
+    guess = np.array([numbers.get(normalise_label(text), _UNKNOWN) for text in predictions])[:, None] == classes
+    counts = np.concatenate([truth & guess, guess & ~truth, truth & ~guess], axis=1)
+    return np.concatenate([(truth & guess).any(1)[:, None], counts], axis=1).astype(np.float64)
+
+
+def score_of_terms(
+    task: Task, sums: Float[np.ndarray, "*samples terms"], queries: Float[np.ndarray, "*samples"]
+) -> dict[str, Float[np.ndarray, "*samples"]]:
+    """What `score` has for samples of queries, from the sums of their terms and their numbers."""
+    means = sums / queries[..., None]
+    if task.kind == "rating":
+        values = [means[..., 0], np.sqrt(means[..., 1])]
+    elif task.kind == "text":
+        values = [means[..., 0], means[..., 1]]
+    else:
+        hit, wrong, missed = np.split(sums[..., 1:], 3, axis=-1)
+        f1 = 2 * hit / np.maximum(2 * hit + wrong + missed, 1)  # 0 for a class that is neither asked for nor said
+        values = [means[..., 0], f1.mean(axis=-1)]
+    return dict(zip(task.metrics, values, strict=True))
 
 
 @cache

@@ -109,6 +109,28 @@ def test_metrics_are_lamps_of_each_seed(results, judged):
     assert judged["datasets"]["ratings"]["budgets"]["all"]["oracle"]["all"]["metrics"] == {"mae": 0, "rmse": 0}
 
 
+def test_intervals_of_metrics_are_of_people_drawn_with_all_their_queries(results, judged):
+    """Every sample written out: its people's answers scored by LaMP's metrics, seed by seed."""
+    for dataset in ("movies", "ratings"):
+        found = judged["datasets"][dataset]["budgets"]["all"]["mta"]["all"]
+        rows = results[(results["dataset"] == dataset) & (results["method"] == "mta") & ~results["rag"]]
+        rows = rows[rows["budget"] == "all"]
+        task, people = task_named(rows["task"].iloc[0]), sorted(set(rows["person"]))
+        of_person = dict(list(rows.groupby("person")))
+        drawn = []
+        for sample in np.random.default_rng(3).integers(len(people), size=(300, len(people))):
+            answers = pd.concat([of_person[people[place]] for place in sample])
+            scores = [
+                score(task, own["prediction"].tolist(), own["gold"].tolist()) for _, own in answers.groupby("seed")
+            ]
+            drawn.append(pd.DataFrame(scores).mean())
+        ends = pd.DataFrame(drawn).quantile([0.025, 0.975])
+        for metric, interval in found["metric_intervals"].items():
+            assert interval["mean"] == found["metrics"][metric]
+            assert [interval["low"], interval["high"]] == pytest.approx(ends[metric].tolist())
+            assert interval["low"] < interval["mean"] < interval["high"]
+
+
 def test_a_texts_metrics_are_lamps():
     headlines = made_results("news", "news_headline", 3)
     spent = headlines[["dataset", "method", "rag", "budget", "seed"]].drop_duplicates()

@@ -1,8 +1,9 @@
 import math
 
+import numpy as np
 import pytest
 
-from mta_ray.lamp.metrics import query_score, score
+from mta_ray.lamp.metrics import query_score, score, score_of_terms, terms
 from mta_ray.lamp.tasks import TASKS
 
 MOVIE, RATING, TITLE = TASKS["movie_tagging"], TASKS["product_rating"], TASKS["news_headline"]
@@ -42,6 +43,27 @@ def test_a_query_score_is_higher_where_the_answer_is_better():
     assert query_score(TASKS["citation"], "[ 2 ]", "[2]") == 1
     assert [query_score(RATING, said, "4") for said in ("4", "2", "?")] == [0, -2, -3]
     assert query_score(TITLE, "the cat the mat sat", "the cat sat on the mat") == pytest.approx(10 / 11)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (MOVIE, ["sci-fi", "Sci - Fi", "comedy", "action", "romance", "no such tag"]),
+        (RATING, ["1", "2", "5", "4.0", "-1.5", "good"]),
+        (TITLE, ["the cat sat", "the cat the mat", "a dog", "dog"]),
+    ],
+)
+def test_sums_of_terms_give_the_scores_of_any_sample_of_queries(task, words):
+    rng = np.random.default_rng(1)
+    golds = rng.choice(words[:-1] if task is not RATING else words[:4], 60).tolist()
+    said = rng.choice(words, 60).tolist()
+    found = terms(task, said, golds)
+    samples = [rng.integers(60, size=size) for size in (1, 2, 7, 60, 200)]
+    sums, queries = np.stack([found[at].sum(0) for at in samples]), np.array([float(len(at)) for at in samples])
+    scores = score_of_terms(task, sums, queries)
+    for number, at in enumerate(samples):
+        wanted = score(task, [said[n] for n in at], [golds[n] for n in at])
+        assert {name: values[number] for name, values in scores.items()} == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(("predictions", "golds"), [([], []), (["a"], ["a", "b"])])
