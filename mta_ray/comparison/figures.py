@@ -51,13 +51,13 @@ def differences_chart(methods: Mapping[str, Any], group: str) -> Figure | None:
 def budget_chart(dataset: Mapping[str, Any], groups: Sequence[str]) -> Figure:
     """A line for each method over the budgets, a panel for each group of users."""
     shown = [group for group in groups if group != "all"]
-    budgets, primary = list(dataset["budgets"]), dataset["primary"]
+    budgets, primary = list(dataset["curves"]), dataset["primary"]
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, group in zip(panels, shown, strict=True):
         for name in methods_of_budgets(dataset):
-            places = [place for place, budget in enumerate(budgets) if name in dataset["budgets"][budget]]
-            scores = [dataset["budgets"][budgets[p]][name][group]["metrics"][primary] for p in places]
+            places = [place for place, budget in enumerate(budgets) if name in dataset["curves"][budget]]
+            scores = [dataset["curves"][budgets[p]][name][group]["metrics"][primary] for p in places]
             dashes = "--" if name == BASELINE else ":" if name.endswith("+rag") else "-"
             width = 3 if name == OURS else 1.5
             panel.plot(places, scores, dashes, marker="o", color=_colour(name), linewidth=width, label=name)

@@ -105,6 +105,12 @@ def _dataset(
         here = spent[spent["budget"] == budget]
         budgets[budget] = _methods(rows[rows["budget"] == budget], here, measure, samples, seed)
     whole = budgets.get(ALL, {})
+    curves = dict(budgets)
+    if alike := _with_seeds_of_budgets(rows):
+        here = [name in alike for name in rows["name"]]
+        seeds = [seed in alike.get(name, ()) for name, seed in zip(rows["name"], rows["seed"], strict=True)]
+        fair = rows[np.array(here) & np.array(seeds) & (rows["budget"] == ALL)]
+        curves[ALL] = _methods(fair, spent[spent["budget"] == ALL], measure, samples, seed)
     return {
         "task": task.name,
         "lamp_id": task.lamp_id,
@@ -121,8 +127,22 @@ def _dataset(
             budget: {method: figures for method, figures in methods.items() if not is_ablation(method)}
             for budget, methods in budgets.items()
         },
+        "curves": {
+            budget: {method: figures for method, figures in methods.items() if method in alike}
+            for budget, methods in curves.items()
+        },
         "ablations": {method: figures for method, figures in whole.items() if is_ablation(method)},
     }
+
+
+def _with_seeds_of_budgets(rows: pd.DataFrame) -> dict[str, set[int]]:
+    """The methods that stand at several budgets, and the seeds that each has at all of these: what a curve is of."""
+    found: dict[str, set[int]] = {}
+    for name, own in rows.groupby("name", sort=True):
+        seeds = [set(each) for _, each in own.groupby("budget")["seed"]]
+        if len(seeds) > 1 and (common := set.intersection(*seeds)):
+            found[str(name)] = common
+    return found
 
 
 def _methods(

@@ -119,7 +119,10 @@ def _of_dataset(name: str, dataset: Mapping[str, Any], samples: int) -> list[Sec
                 title=f"{name}: how much history",
                 figures=[(f"{primary} by history items", figures.budget_chart(dataset, groups))],
                 rows=curves,
-                notes=(f"The same {GROUP_NAMES[group]} and queries, with their latest items only; gains per user.",),
+                notes=(
+                    f"The same {GROUP_NAMES[group]} and queries, with their latest items only; gains per user. Each "
+                    "method with the seeds that it has at all of these budgets.",
+                ),
             )
         )
     picture = figures.pareto_chart(dataset, group)

@@ -62,12 +62,12 @@ def quality_rows(dataset: Mapping[str, Any], group: str) -> Rows:
 
 def budget_rows(dataset: Mapping[str, Any], group: str) -> Rows:
     """The primary metric of each method that stands at several budgets, and its gain over the base model there."""
-    budgets = list(dataset["budgets"])
+    budgets = list(dataset["curves"])
     found: Rows = [("method", *(f"{budget} items" for budget in budgets))]
     for name in methods_of_budgets(dataset):
         cells = []
         for budget in budgets:
-            figures = dataset["budgets"][budget].get(name, {}).get(group)
+            figures = dataset["curves"][budget].get(name, {}).get(group)
             if figures is None:
                 cells.append("–")
                 continue
@@ -79,8 +79,7 @@ def budget_rows(dataset: Mapping[str, Any], group: str) -> Rows:
 
 def methods_of_budgets(dataset: Mapping[str, Any]) -> list[str]:
     """The methods that stand at several budgets."""
-    names = [name for methods in dataset["budgets"].values() for name in methods]
-    return in_order({name for name in names if names.count(name) > 1})
+    return in_order({name for methods in dataset["curves"].values() for name in methods})
 
 
 def ablation_rows(dataset: Mapping[str, Any], group: str) -> Rows:
@@ -278,8 +277,10 @@ def _how(report: Mapping[str, Any]) -> str:
         f"Brackets: 95% percentile intervals, {report['samples']} bootstrap samples of users. Gains and differences "
         f"are means over users. p: sign-flip test of users' mean differences to {OURS}, Holm-corrected over the "
         f"methods of the table; * below {ALPHA:g}. Users who are one user over again are resampled, and flipped, as "
-        "one. Seeds are averaged first; intervals and p are of users and leave out the chance that all of them share, "
-        "a bank's draw: that is in the spread, the standard deviation over seeds, where there are several."
+        "one. A label that a sample has not counts with an F1 of 0, as in LaMP's macro F1: its intervals reach lower "
+        "for that. By history items each method stands with the seeds that it has at all of them. Seeds are averaged "
+        "first; intervals and p are of users and leave out the chance that all of them share, a bank's draw: that is "
+        "in the spread, the standard deviation over seeds, where there are several."
     )
 
 

@@ -229,7 +229,9 @@ def _check_task(file: str, task: Task, records: list[dict[str, Any]]) -> None:
         return
     for other in TASKS.values():
         if any(_pattern(other).fullmatch(text) for text in inputs):
-            raise ValueError(f"{file} holds questions of {other.name}, not of {task.name}; pass --task {other.name}")
+            raise ValueError(
+                f"{file} holds questions of {other.name}, not of {task.name}; name {other.name} as the task"
+            )
     raise ValueError(
         f"{file} holds questions in no LaMP task's wording; wanted, for {task.name}: {task.question!r}; word them so"
     )

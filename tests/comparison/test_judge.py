@@ -131,6 +131,20 @@ def test_intervals_of_metrics_are_of_people_drawn_with_all_their_queries(results
             assert interval["low"] < interval["mean"] < interval["high"]
 
 
+def test_a_curve_over_budgets_is_of_the_same_seeds_all_along(results, costs, facts, judged):
+    few = results[(results["budget"] == "all") | (results["seed"] == 0)]  # mta has seeds 1 and 2 with all items only
+    movies = judge(few, costs, facts, samples=20)["datasets"]["movies"]
+    assert sorted(movies["curves"]["all"]) == ["mta", "non_personalised"]
+    rows = results[(results["dataset"] == "movies") & (results["method"] == "mta") & ~results["rag"]]
+    rows = rows[(rows["budget"] == "all") & (rows["seed"] == 0)]
+    wanted = score(task_named("movie_tagging"), rows["prediction"].tolist(), rows["gold"].tolist())
+    assert movies["curves"]["all"]["mta"]["all"]["metrics"] == pytest.approx(wanted)
+    assert movies["budgets"]["all"]["mta"]["all"]["metrics"] != pytest.approx(wanted)
+    # with the same seeds everywhere nothing is left out
+    whole = judged["datasets"]["movies"]
+    assert whole["curves"]["all"]["mta"]["all"]["metrics"] == whole["budgets"]["all"]["mta"]["all"]["metrics"]
+
+
 def test_a_texts_metrics_are_lamps():
     headlines = made_results("news", "news_headline", 3)
     spent = headlines[["dataset", "method", "rag", "budget", "seed"]].drop_duplicates()

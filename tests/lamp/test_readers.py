@@ -259,7 +259,9 @@ def test_a_file_that_is_not_lamp(tmp_path, content, message):
 
 
 def test_a_task_that_does_not_match(tmp_path):
-    with pytest.raises(ValueError, match="questions of movie_tagging, not of news_headline; pass --task movie_tagging"):
+    with pytest.raises(
+        ValueError, match="questions of movie_tagging, not of news_headline; name movie_tagging as the task"
+    ):
         LampFile(write(tmp_path / "a.json", [movie_user()]), HEADLINE)
     records = [{"id": "1", "input": movie_input("x"), "profile": movie_user()["profile"]}]
     with pytest.raises(ValueError, match="says that it is of task LaMP_5, not of movie_tagging"):
