@@ -111,22 +111,29 @@ class CellAnswers:
 
 
 class CellFiles:
-    """A folder of finished cells: KEY.parquet with the answers, and KEY.json, written last, with what they took."""
+    """A folder of finished cells: KEY.parquet with the answers, and KEY.json, written last, with what they took.
+
+    The latter says whose both are, and the former's digest: what is damaged or another cell's is not there.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def is_there(self, cell: Cell) -> bool:
-        return self._file(cell, "json").exists() and self._file(cell, "parquet").exists()
+        try:
+            written = json.loads(self._file(cell, "json").read_bytes())
+            return bool(written["key"] == cell.key and written["sha256"] == self._digest(cell))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
 
     def write(self, cell: Cell, answers: CellAnswers) -> None:
         columns = zip(*answers.rows, strict=True) if answers.rows else [()] * len(_ANSWERS)
         table = pa.table([pa.array(column, pa.string()) for column in columns], schema=_ANSWERS)
         costs = {k: v for k, v in asdict(answers).items() if k != "rows"}
         named = {"dataset": cell.dataset, "method": cell.recipe.name, "rag": cell.rag, "budget": cell.budget}
-        text = json.dumps(named | {"seed": cell.seed} | costs)
         replace_file(self._file(cell, "parquet"), lambda path: pq.write_table(table, path))
+        text = json.dumps(named | {"seed": cell.seed, "key": cell.key, "sha256": self._digest(cell)} | costs)
         replace_file(self._file(cell, "json"), lambda path: path.write_text(text))
 
     def read(self, cell: Cell) -> CellAnswers:
@@ -135,6 +142,9 @@ class CellFiles:
         rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True)) if len(table) else []
         names = ("bytes", "seconds", "decode_tokens", "decode_s")
         return CellAnswers(rows=rows, **{name: costs[name] for name in names})
+
+    def _digest(self, cell: Cell) -> str:
+        return hashlib.sha256(self._file(cell, "parquet").read_bytes()).hexdigest()
 
     def _file(self, cell: Cell, ending: str) -> Path:
         return self.folder / f"{cell.key}.{ending}"

@@ -66,7 +66,8 @@ def judge(
     Semantics of a method's figures in a group of users:
       score            mean over seeds of each query's score first; then over queries, or over users of their means
       over_X           the same of the differences to X, query by query, over the seeds that both stand with
-      metrics          LaMP's, of each seed's answers, then the mean over seeds; so too in each sample of people
+      metrics          LaMP's, of each seed's answers, then the mean over seeds; so too in each sample of people, but
+                       for macro F1, which has no interval
       low, high        percentile 95% interval, people resampled with all their queries; what chance all of them share
                        (one draw of a bank) is not in it, but in the spread over seeds
       p                sign-flip test of people's differences to mta (the sum of their users' means), two-sided
@@ -224,7 +225,8 @@ def _figures(
         figures["metrics"] = {metric: float(value) for metric, value in metrics.mean().items()}
         figures["spread_over_seeds"] = {metric: _plain(value) for metric, value in metrics.std(ddof=1).items()}
         figures["metric_intervals"] = {
-            metric: _interval(interval_of(value, of_samples[metric])) for metric, value in figures["metrics"].items()
+            metric: _interval(interval_of(value, of_samples.get(metric, np.array([math.nan]))))
+            for metric, value in figures["metrics"].items()
         }
     return found
 
@@ -251,7 +253,10 @@ class _Metrics:
     def of_samples(
         self, seeds: Sequence[tuple[pd.DataFrame, np.ndarray]], samples: int, draw: int
     ) -> dict[str, np.ndarray]:
-        """Metric to its mean over seeds in each sample of people; of each seed, the answers and each one's person."""
+        """Metric to its mean over seeds in each sample of people; of each seed, the answers and each one's person.
+
+        Without macro F1; see `score_of_terms`.
+        """
         sums = [_sums(self._terms(answers), person) for answers, person in seeds]
         queries = np.bincount(seeds[0][1]).astype(np.float64)
         if len(queries) < 2:  # one says nothing about others
@@ -259,7 +264,7 @@ class _Metrics:
         drawn = resampled(np.column_stack([queries, *sums]), samples=samples, seed=draw)
         parts = np.split(drawn[:, 1:], len(seeds), axis=1)
         found = [score_of_terms(self.task, part, drawn[:, 0]) for part in parts]
-        return {metric: np.mean([each[metric] for each in found], axis=0) for metric in self.task.metrics}
+        return {metric: np.mean([each[metric] for each in found], axis=0) for metric in found[0]}
 
     def _terms(self, answers: pd.DataFrame) -> np.ndarray:
         said, golds = answers["prediction"].tolist(), answers["gold"].tolist()

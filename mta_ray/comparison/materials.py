@@ -101,7 +101,8 @@ class Materials:
     def leaks(self, allow: tuple[str, ...]) -> Leaks:
         """What of the tested users' questions is known elsewhere; raises ValueError where that is not allowed."""
         who = (self.users(), read_embeddings(self.embeddings()), self.config.split)
-        return check_leaks(self.dataset.name, tested_of(*who), teachers_of(*who), allow=allow)
+        max_words = self.config.base.prompts.max_words
+        return check_leaks(self.dataset.name, tested_of(*who), teachers_of(*who), allow=allow, max_words=max_words)
 
     def tested(self, encoder: str | None = None) -> str:
         """The tested users, with their vectors at each budget."""

@@ -63,11 +63,13 @@ class PlanConfig:
             raise ValueError(f"a budget is a number of items or {ALL}, got {bad[0]!r}")
         if ALL not in self.budgets:
             raise ValueError(f"budgets are {self.budgets}; {ALL}, at which every method stands, must be among them")
-        if any(seed < 0 for seed in self.seeds) or self.budget_seeds < 1 or self.ablation_seeds < 1:
+        if not all(0 <= seed < 2**31 for seed in self.seeds) or self.budget_seeds < 1 or self.ablation_seeds < 1:
             raise ValueError(
                 f"got seeds={self.seeds}, budget_seeds={self.budget_seeds}, ablation_seeds={self.ablation_seeds}; "
-                "wanted seeds 0, 1, … and at least 1 of them"
+                "wanted seeds 0, 1, … below 2**31 and at least 1 of them"
             )
+        if self.encoders and not self.ablations:
+            raise ValueError("encoders are ablations, which are off; add --ablations, or leave --encoders out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,7 +69,7 @@ def train_pooled(job: PooledJob) -> str:
     met = job.examples_per_bank_step * sum(len(anchor) for anchor in losses)
     train = replace(job.train, steps=math.ceil(met / job.train.examples_per_step))
     with publish(job.out, kind=KIND, settings=settings, inputs=inputs) as draft:
-        examples = _chosen(job, base.wording, met)
+        examples = pooled_examples(job, base.wording, met)
         routed = RoutedModel(base.load(device=job.device), base.targets)
         tokens = tokenised(routed.backbone, examples)
         result = train_pack(routed, [Job(id="everybody", examples=tokens)], train)
@@ -85,7 +85,7 @@ def load_pooled(path: str) -> Adapter:
     return load_peft(open_artifact(path, kind=KIND).path / "adapter")
 
 
-def _chosen(job: PooledJob, wording: Wording, met: int) -> list[Example]:
+def pooled_examples(job: PooledJob, wording: Wording, met: int) -> list[Example]:
     """All of the tested users' items, and drawn ones of teachers' up to `met`, in a drawn order."""
     rng = np.random.default_rng(job.train.seed)
     asked = (cut(user, job.budget) for user in read_tested(job.tested).users)

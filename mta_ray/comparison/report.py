@@ -175,7 +175,7 @@ def _leaks(datasets: Mapping[str, Mapping[str, Any]]) -> Section:
     unknown = [name for name, dataset in datasets.items() if dataset["leaks"] is None]
     lead = f"Allowed by name, and to be read with care: {', '.join(dirty)}." if dirty else "No question leaks."
     if unknown:
-        lead = f"Not checked: {', '.join(unknown)}."
+        lead = f"{lead} Not checked: {', '.join(unknown)}." if dirty else f"Not checked: {', '.join(unknown)}."
     return Section(
         title="Leaks",
         lead=lead,

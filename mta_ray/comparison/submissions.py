@@ -62,4 +62,4 @@ def _in_lamps_form(task: Task, ids: pd.Series, outputs: pd.Series) -> str:
 
 def _file_name(text: str) -> str:
     """The text with all that a file system may take amiss as a hyphen."""
-    return re.sub(r"[^\w.+=]+", "-", text)
+    return re.sub(r"[^\w.+=-]+", "-", text)

@@ -211,7 +211,10 @@ def value(interval: Mapping[str, Any], higher_is_better: bool = True) -> str:
     """`0.512 [0.401, 0.623]`; a score of a metric that is better where it is lower as that metric."""
     ends = (interval["mean"], interval["low"], interval["high"])
     if not higher_is_better:
-        ends = (-interval["mean"], *(None if end is None else -end for end in (interval["high"], interval["low"])))
+        ends = (
+            0.0 - interval["mean"],
+            *(None if end is None else 0.0 - end for end in (interval["high"], interval["low"])),
+        )
     mean, low, high = (words.number(end) for end in ends)
     return mean if ends[1] is None else f"{mean} [{low}, {high}]"
 
@@ -277,10 +280,10 @@ def _how(report: Mapping[str, Any]) -> str:
         f"Brackets: 95% percentile intervals, {report['samples']} bootstrap samples of users. Gains and differences "
         f"are means over users. p: sign-flip test of users' mean differences to {OURS}, Holm-corrected over the "
         f"methods of the table; * below {ALPHA:g}. Users who are one user over again are resampled, and flipped, as "
-        "one. A label that a sample has not counts with an F1 of 0, as in LaMP's macro F1: its intervals reach lower "
-        "for that. By history items each method stands with the seeds that it has at all of them. Seeds are averaged "
-        "first; intervals and p are of users and leave out the chance that all of them share, a bank's draw: that is "
-        "in the spread, the standard deviation over seeds, where there are several."
+        "one. Macro F1 has no interval: resampled users lack rare labels, each of which counts 0. By history items "
+        "each method stands with the seeds that it has at all of them. Seeds are averaged first; intervals and p are "
+        "of users and leave out the chance that all of them share, a bank's draw: that is in the spread, the standard "
+        "deviation over seeds, where there are several."
     )
 
 

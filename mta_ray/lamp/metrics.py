@@ -16,7 +16,7 @@ from jaxtyping import Float
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_mean_squared_error
 
-from mta_ray.lamp.tasks import Task, normalise_label
+from mta_ray.lamp.tasks import Task, distinct_labels, normalise_label
 
 __all__ = ["normalise_label", "query_score", "score", "score_of_terms", "terms"]
 
@@ -67,47 +67,45 @@ def query_score(task: Task, prediction: str, gold: str, labels: Sequence[str] | 
 def terms(
     task: Task, predictions: Sequence[str], golds: Sequence[str], labels: Sequence[str] | None = None
 ) -> Float[np.ndarray, "queries terms"]:
-    """What each query adds to the sums that all metrics are functions of.
+    """What each query adds to the sums that metrics are functions of, those that `score_of_terms` has.
 
-    Labels: right or not; then of each class whether it is hit, said wrongly, missed. Ratings: the absolute error and
-    its square. Texts: both ROUGE F-measures.
+    Labels: right or not. Ratings: the absolute error and its square. Texts: both ROUGE F-measures.
     """
     names = tuple(labels or task.labels)
     if task.kind == "rating":
         truths = [_rating_of_gold(task, gold) for gold in golds]
-        pairs = zip(predictions, truths, strict=True)
-        errors = np.array([_rating(text, truth, names) - truth for text, truth in pairs], np.float64)
+        said = [_rating(text, truth, names) for text, truth in zip(predictions, truths, strict=True)]
+        errors = np.array(said, np.float64) - np.array(truths, np.float64)
         return np.stack([np.abs(errors), errors**2], axis=1)
     if task.kind == "text":
         found = [_rouge().score(gold, text) for text, gold in zip(predictions, golds, strict=True)]
         return np.array([[r["rouge1"].fmeasure, r["rougeL"].fmeasure] for r in found], np.float64).reshape(-1, 2)
     numbers = _numbers(names)
-    classes = np.array(sorted(set(numbers.values())))
-    truth = np.array([_class_of_gold(task, gold, numbers) for gold in golds])[:, None] == classes
-    guess = np.array([numbers.get(normalise_label(text), _UNKNOWN) for text in predictions])[:, None] == classes
-    counts = np.concatenate([truth & guess, guess & ~truth, truth & ~guess], axis=1)
-    return np.concatenate([(truth & guess).any(1)[:, None], counts], axis=1).astype(np.float64)
+    right = [
+        numbers.get(normalise_label(text), _UNKNOWN) == _class_of_gold(task, gold, numbers)
+        for text, gold in zip(predictions, golds, strict=True)
+    ]
+    return np.array(right, np.float64)[:, None]
 
 
 def score_of_terms(
     task: Task, sums: Float[np.ndarray, "*samples terms"], queries: Float[np.ndarray, "*samples"]
 ) -> dict[str, Float[np.ndarray, "*samples"]]:
-    """What `score` has for samples of queries, from the sums of their terms and their numbers."""
+    """What `score` has for samples of queries, from the sums of their terms and their numbers.
+
+    Without macro F1: a sample lacks labels that all queries have, each counts 0, and so the samples lie below what they
+    are samples of, all of them where labels are rare.
+    """
     means = sums / queries[..., None]
+    values = [means[..., place] for place in range(means.shape[-1])]
     if task.kind == "rating":
-        values = [means[..., 0], np.sqrt(means[..., 1])]
-    elif task.kind == "text":
-        values = [means[..., 0], means[..., 1]]
-    else:
-        hit, wrong, missed = np.split(sums[..., 1:], 3, axis=-1)
-        f1 = 2 * hit / np.maximum(2 * hit + wrong + missed, 1)  # 0 for a class that is neither asked for nor said
-        values = [means[..., 0], f1.mean(axis=-1)]
-    return dict(zip(task.metrics, values, strict=True))
+        values[1] = np.sqrt(values[1])
+    return dict(zip(task.metrics, values, strict=False))
 
 
 @cache
 def _numbers(labels: tuple[str, ...]) -> dict[str, int]:
-    return {normalise_label(label): number for number, label in enumerate(labels)}
+    return {label: number for number, label in enumerate(distinct_labels(labels, "this data set"))}
 
 
 def _class_of_gold(task: Task, gold: str, numbers: dict[str, int]) -> int:
@@ -133,7 +131,7 @@ def _rating(text: str, truth: float, scale: tuple[str, ...]) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if math.isfinite(value):
+    if abs(value) < 1e9:  # no number, infinite, or beyond what squares can be summed of
         return value
     return low if truth - low > high - truth else high
 

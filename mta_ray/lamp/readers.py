@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mta_ray.lamp.records import Unreadable, describe, is_file, open_bytes, read_records, writable
-from mta_ray.lamp.tasks import TASKS, Task, goes_by, normalise_label
+from mta_ray.lamp.tasks import TASKS, Task, distinct_labels, goes_by, normalise_label
 from mta_ray.lamp.users import HistoryItem, Query, User
 
 FIRST_RECORDS = 16
@@ -48,7 +48,8 @@ class Reject:
 class LampFile:
     """One file of a task: iterate over it for its users and rejects, in the file's order.
 
-    A file that is no LaMP file, or not this task's, is a ValueError when opened; one that breaks off, while iterating.
+    A file that is no LaMP file, or not this task's, is a ValueError when opened; one that breaks off, or whose labels
+    cannot be told apart, while iterating.
     A file of questions gives one `User` a question; where questions name a user (time-based splits), several of them
     carry the same id: `join` makes one user of those.
     """
@@ -59,12 +60,13 @@ class LampFile:
         self.file = file
         self.task = task
         self.labels: tuple[str, ...] = ()
-        """Labels that the inputs list, in the order in which they stand in the file; complete after iterating."""
+        """Labels that the inputs list, in the order and spelling in which they first stand in the file; complete after
+        iterating."""
         self.bytes_read = 0
         """How far the reading is: position in the file."""
         self.names_user = False
         """Whether the question read last names its user; else the user goes by the question's id."""
-        self._default_labels = tuple(labels) or task.labels
+        self._default_labels = tuple(distinct_labels(tuple(labels) or task.labels, file).values())
         self._is_looked_ahead = "labels" not in _pattern(task).groupindex
         first = list(islice(read_records(file), FIRST_RECORDS))
         self.form = _form(file, first)
@@ -122,8 +124,7 @@ class LampFile:
         if not found["content"]:
             raise _Broken("missing field", f"{where}input has no text to ask about")
         options = (found["option_1"], found["option_2"]) if "option_1" in found else ()
-        listed = _split_labels(found.get("labels", ""))
-        self._add_labels(listed)
+        listed = self._add_labels(_split_labels(found.get("labels", "")))
         gold = _text(asked, "gold", where)
         if self.task.kind != "text":
             gold = _label(gold, listed, f"{where}gold") if listed else self._label(gold, f"{where}gold")
@@ -170,9 +171,13 @@ class LampFile:
                     match = _pattern(self.task).fullmatch(text)
                     self._add_labels(_split_labels(match["labels"] or "") if match else ())
 
-    def _add_labels(self, listed: tuple[str, ...]) -> None:
-        if listed != self.labels:
-            self.labels += tuple(label for label in listed if label not in self.labels)
+    def _add_labels(self, listed: tuple[str, ...]) -> tuple[str, ...]:
+        """The listed labels in the file's spelling."""
+        if listed == self.labels:
+            return listed
+        spellings = distinct_labels(self.labels + listed, self.file)
+        self.labels = tuple(spellings.values())
+        return tuple(spellings[normalise_label(label)] for label in listed)
 
 
 def join(users: Sequence[User]) -> User:

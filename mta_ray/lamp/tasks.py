@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -259,6 +260,29 @@ def normalise_label(text: str) -> str:
     Tokenizers do not give back what they got: WordPiece decodes "sci-fi" as "sci - fi" and "[1]" as "[ 1 ]".
     """
     return _NOT_ALPHANUMERIC.sub(" ", text.lower()).strip()
+
+
+def distinct_labels(labels: Iterable[str], where: str) -> dict[str, str]:
+    """Normalised label -> its first spelling. Spellings that differ in case and blanks alone are one label.
+
+    Raises ValueError where other labels normalise alike (C++, C#), or one to nothing: answers could not be told apart.
+    """
+    spellings: dict[str, str] = {}
+    for label in labels:
+        key = normalise_label(label)
+        first = spellings.setdefault(key, label)
+        if not key:
+            raise ValueError(f"{where}: the label {label!r} has no letter and no digit; rename it")
+        if first != label and _unspaced(first) != _unspaced(label):
+            raise ValueError(
+                f"{where}: the labels {first!r} and {label!r} are the same but for signs, which answers are compared "
+                "without; rename one of them"
+            )
+    return spellings
+
+
+def _unspaced(label: str) -> str:
+    return "".join(label.split()).casefold()
 
 
 _NOT_ALPHANUMERIC = re.compile(r"[\W_]+")

@@ -113,6 +113,25 @@ def test_a_cell_is_there_when_it_is_whole_and_comes_back_as_it_was(cell, tmp_pat
     assert not files.is_there(cell)
 
 
+@pytest.mark.parametrize("ending", ["json", "parquet"])
+def test_a_damaged_cell_and_another_cells_files_are_not_there(cell, tmp_path, ending) -> None:
+    files, other = CellFiles(tmp_path / "cells"), replace(cell, seed=1)
+    files.write(cell, answers({"long": "comedy"}, kept=1.5, seconds=0.25))
+    files.write(other, answers({"long": "action"}, kept=1.5, seconds=0.25))
+    path, others = ((tmp_path / "cells" / f"{one.key}.{ending}") for one in (cell, other))
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", others.read_bytes()):
+        path.write_bytes(damaged)
+        assert not files.is_there(cell) and files.is_there(other)
+    path.write_bytes(whole)
+    assert files.is_there(cell)
+    for kind in ("json", "parquet"):  # both of another cell
+        (tmp_path / "cells" / f"{cell.key}.{kind}").write_bytes(
+            (tmp_path / "cells" / f"{other.key}.{kind}").read_bytes()
+        )
+    assert not files.is_there(cell)
+
+
 def test_answers_to_other_questions_are_refused(cell, tmp_path) -> None:
     files = CellFiles(tmp_path / "cells")
     files.write(cell, answers({"long": "comedy", "short": "action"}, kept=1.0, seconds=1.0))

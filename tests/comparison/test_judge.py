@@ -127,6 +127,9 @@ def test_intervals_of_metrics_are_of_people_drawn_with_all_their_queries(results
         ends = pd.DataFrame(drawn).quantile([0.025, 0.975])
         for metric, interval in found["metric_intervals"].items():
             assert interval["mean"] == found["metrics"][metric]
+            if metric == "f1_macro":  # samples of people lack labels, so that it would lie below its own mean
+                assert interval["low"] is interval["high"] is None
+                continue
             assert [interval["low"], interval["high"]] == pytest.approx(ends[metric].tolist())
             assert interval["low"] < interval["mean"] < interval["high"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -16,9 +17,11 @@ from mta_ray.comparison.answerer import Answerer
 from mta_ray.comparison.cells import Cell
 from mta_ray.comparison.datasets import read_tested
 from mta_ray.comparison.materials import MaterialsConfig
+from mta_ray.comparison.pooled import PooledJob, pooled_examples
 from mta_ray.comparison.recipes import MethodSettings, recipes
 from mta_ray.comparison.results import METHODS
 from mta_ray.comparison.run import BenchmarkConfig, benchmark
+from mta_ray.lamp.tasks import task_named
 from mta_ray.lamp.users import User
 from mta_ray.lora.adapter import Adapter, Factors, load_peft
 from mta_ray.lora.bank import load_bank
@@ -100,6 +103,12 @@ def test_every_method_has_answered_every_question_at_its_budgets(config) -> None
     assert (
         kept["mta_fusion", False, "all"] == 4 * 2 < kept["mta_coefficients", False, "all"] < kept["mta", False, "all"]
     )
+    # two bytes a number, and the names of the factors; items as they are
+    base = open_base(f"{config.out}/materials/simulated_movie_tagging/base").load()
+    layers = [layer.base for layer in RoutedModel(base).layers.values()]
+    numbers = sum(layer.in_features + layer.out_features for layer in layers)
+    for method, ranks in (("oppu", 1), ("stack_only", 1), ("as_released", 2 + 1)):
+        assert 2 * numbers * ranks < kept[method, False, "all"] < 2.6 * numbers * ranks + 20_000
     # who looks for anchors has encoded the items
     tested = read_tested(f"{config.out}/materials/simulated_movie_tagging/tested")
     items = np.mean([min(24, len(user.history)) for user in tested.users])
@@ -215,6 +224,91 @@ def test_answers_are_by_what_is_left_of_an_adapter_in_the_bytes_that_are_counted
         for shelf in shelves:
             for factor in (layer.shelves[shelf].down, layer.shelves[shelf].up):
                 assert factor.any() and factor.equal(factor.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    "method", ["oppu", "prime", "mta", "mta_coefficients", "mta_learned_route", "as_released", "nearest_anchor"]
+)
+def test_nobody_learns_from_the_answers_that_are_asked_for(config, method) -> None:
+    """Routes and adapters are the same whatever the gold answers are."""
+    home = Path(config.out, "materials", "simulated_movie_tagging")
+    cell = Cell(
+        dataset="simulated_movie_tagging", recipe=recipes(config.settings)[method], rag=False, budget="all", seed=3,
+        whole=True, tested=f"{home}/tested", base=f"{home}/base", bank=f"{home}/bank-seed-3", users_per_pack=16,
+        inputs=(),
+    )  # fmt: skip
+    found = []
+    answerer = Answerer(config.workers)
+    answerer._load(cell)
+    asked = answerer.asker.answers
+    golds = sorted({str(query.target) for user in answerer.subjects.users for query in user.queries})
+    assert len(golds) > 1
+
+    def noted(users, routes=None, **others):
+        layers = answerer.asker.routed.layers.values()
+        own = [layer.shelves[shelf].up.clone() for layer in layers for shelf in routes if shelf != "bank"]
+        found.append((routes, own))
+        return asked(users, routes, **others)
+
+    answerer.asker.answers = noted
+    answerer.run(cell)
+    answerer.subjects = replace(
+        answerer.subjects,
+        users=[
+            replace(user, queries=tuple(replace(query, target=golds[0], best=golds[0]) for query in user.queries))
+            for user in answerer.subjects.users
+        ],
+    )
+    answerer.run(cell)
+    (before, own), (after, own_after) = found
+    assert own or "bank" in before
+    assert all(one.equal(other) for one, other in zip(own, own_after, strict=True))
+    for shelf, routes in before.items():
+        for one, other in zip(routes, after[shelf], strict=True):
+            assert one.slots == other.slots and one.weights == other.weights
+            assert one.weights == tuple(np.array(one.weights, np.float16).tolist())  # two bytes each are counted
+            for module, each in (one.coefficients or {}).items():
+                assert each.equal(other.coefficients[module]) and each.equal(each.half().float())
+                assert not (each == 1).all()
+
+
+@pytest.mark.parametrize("budget", ["0", "3", "all"])
+def test_one_lora_for_everybody_learns_from_items_within_the_budget(config, budget) -> None:
+    home = Path(config.out, "materials", "simulated_movie_tagging")
+    tested = read_tested(f"{home}/tested").users
+    job = PooledJob(
+        users=f"{home}/users", embeddings=f"{home}/embeddings", base=f"{home}/base", bank=f"{home}/bank-seed-3",
+        tested=f"{home}/tested", out="", budget=budget, context_items=None, examples_per_bank_step=1, train=FEW,
+        split=config.materials.split, cpus=1, device="cpu", devices=1,
+    )  # fmt: skip
+    examples = pooled_examples(job, open_base(home / "base").wording, 10_000)
+    most = {"0": 0, "3": 3, "all": 1000}[budget]
+    own = {(user.id, item.id) for user in tested for item in user.history[-most:]} if most else set()
+    met = [(example.user_id, example.item_id) for example in examples]
+    names = {user.id for user in tested}
+    assert {one for one in met if one[0] in names} == own
+    assert len(set(met)) == len(met) > len(own)
+
+
+def test_a_question_that_stands_in_another_profile_stops_the_benchmark_before_anything_is_trained(
+    config, tmp_path
+) -> None:
+    task, records = task_named("movie_tagging"), []
+    for number in range(24):
+        asked = f"film {(number + 1) % 24 * 20}"  # the next one's first
+        items = [
+            {"id": f"{number}-{n}", "description": f"film {number * 20 + n}", "tag": "comedy"}
+            for n in range(8 + number % 2 * 8)
+        ]
+        question = task.question.format(content=asked, labels=", ".join(task.labels))
+        query = [{"id": f"q{number}", "input": question, "gold": "comedy"}]
+        records.append({"user_id": f"u{number}", "profile": items, "query": query})
+    (tmp_path / "films.json").write_text(json.dumps(records))
+    files = (f"films=movie_tagging:{tmp_path / 'films.json'}",)
+    with pytest.raises(ValueError, match="of 5 questions [1-5] leak"):
+        benchmark(replace(config, out=str(tmp_path / "out"), simulated=(), files=files))
+    made = {path.name for path in (tmp_path / "out" / "materials" / "films").iterdir()}
+    assert not {name for name in made if name.startswith(("base", "bank"))}
 
 
 def test_only_missing_cells_are_made_again_and_the_results_are_the_same_to_the_byte(config) -> None:

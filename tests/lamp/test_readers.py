@@ -130,6 +130,35 @@ def test_labels_hold_for_the_whole_file_whatever_its_order(tmp_path, order):
     assert sorted(file.labels) == ["alpha", "beta", "gamma"]
 
 
+def test_labels_take_the_spelling_in_which_they_first_stand(tmp_path):
+    users = [
+        movie_user(n, query=[{"id": "q", "input": movie_input("x", labels), "gold": labels[1]}])
+        for n, labels in enumerate([("Sci-fi", "Comedy"), ("comedy", "sci - fi")])
+    ]
+    file = LampFile(write(tmp_path / "a.json", users), MOVIE)
+    first, second = file
+    assert file.labels == ("Sci-fi", "Comedy")
+    assert [u.queries[0].target for u in (first, second)] == ["Comedy", "Sci-fi"]
+    assert first.history == second.history and first.history[0].target == "Sci-fi"
+
+
+@pytest.mark.parametrize(("labels", "reason"), [(("C", "C++"), "'C' and 'C\\+\\+'"), (("good", "👍"), "'👍' has no")])
+def test_labels_that_answers_cannot_tell_apart_are_an_error(tmp_path, labels, reason):
+    users = [
+        movie_user(
+            n,
+            profile=[{"id": "1", "description": "x", "tag": labels[0]}],
+            query=[{"id": "q", "input": movie_input("x", [label]), "gold": label}],
+        )
+        for n, label in enumerate(labels)
+    ]
+    file = write(tmp_path / "a.json", users)
+    with pytest.raises(ValueError, match=f"a.json: the labels? {reason}.*rename"):
+        list(LampFile(file, MOVIE))
+    with pytest.raises(ValueError, match="rename"):
+        LampFile(write(tmp_path / "b.json", [movie_user()]), MOVIE, labels=labels)
+
+
 def test_citations_have_options_and_may_lack_the_profile_target(tmp_path):
     task = TASKS["citation"]
     question = task.question.format(content="On X", option_1="Older X", option_2="Y")

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from mta_ray.lamp.readers import _pattern
-from mta_ray.lamp.tasks import TASKS, normalise_label, task_named
+from mta_ray.lamp.tasks import TASKS, distinct_labels, normalise_label, task_named
 
 
 def test_a_task_is_found_by_name_lamp_id_and_alias():
@@ -59,3 +59,13 @@ def test_labels_are_compared_as_tokenizers_leave_them():
     assert normalise_label("[ 1 ]") == normalise_label("[1]") != normalise_label("[2]")
     assert normalise_label("Food & Drink") == normalise_label("food&drink")
     assert normalise_label("comedy") != normalise_label("dark comedy")
+
+
+def test_labels_that_answers_cannot_tell_apart_are_refused():
+    assert distinct_labels(["Action", "sci-fi", "action", "Sci - Fi"], "x") == {"action": "Action", "sci fi": "sci-fi"}
+    with pytest.raises(ValueError, match=r"films.json: the labels 'C\+\+' and 'C#' are the same but for signs"):
+        distinct_labels(["Java", "C++", "C#"], "films.json")
+    with pytest.raises(ValueError, match="the label '👍' has no letter and no digit"):
+        distinct_labels(["good", "👍"], "films.json")
+    for task in TASKS.values():
+        assert tuple(distinct_labels(task.labels, task.name).values()) == task.labels
