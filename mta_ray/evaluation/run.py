@@ -150,7 +150,7 @@ def _tested(config: EvaluateConfig, embeddings: Embeddings) -> tuple[list[User],
     """The tested users, and what of their questions is known elsewhere."""
     who = (config.users, embeddings, config.split)
     tested = tested_of(*who)
-    leaks = find_leaks(tested, teachers_of(*who))
+    leaks = find_leaks(tested, teachers_of(*who), max_words=open_base(config.base).wording.prompts.max_words)
     if not leaks.is_clean:
         log.warning("report: %s", leaks.told())
     return tested, leaks
