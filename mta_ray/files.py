@@ -43,6 +43,8 @@ def replace_file(path: str | Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # the name must never reach the disk before what it stands for
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mta_ray.artifacts import Artifact, located, open_artifact, publish
@@ -44,14 +44,22 @@ def join_reports(config: JoinReportsConfig) -> str:
     reports: list[Mapping[str, Any]] = []
     sections: list[Section] = []
     inputs = {}
+    names = _names(config.of)
     for number, path in enumerate(config.of):
         artifact = _open(path)
         reports.append(json.loads((artifact.path / FIGURES).read_text()))
-        sections += importlib.import_module(MODULES[artifact.kind]).sections(reports[-1])
+        told = importlib.import_module(MODULES[artifact.kind]).sections(reports[-1])
+        sections += [replace(section, title=f"{section.title} ({names[number]})") for section in told]
         inputs[f"{number} {artifact.kind}"] = artifact.hash
     with publish(config.out, kind=KIND, settings={"title": config.title}, inputs=inputs) as draft:
         write_sections(draft.path, config.title, sections, {"simulation": KIND, "reports": reports})
     return config.out
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Folder names, or whole paths where two are the same."""
+    names = [path.rstrip("/").rpartition("/")[2] for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
 
 
 def _open(path: str) -> Artifact:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,13 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from mta_ray.artifacts import open_artifact
-from mta_ray.population.capacity.fleet import DemandConfig, SampleConfig
+from mta_ray.population.capacity.arrivals import TrafficConfig
+from mta_ray.population.capacity.fleet import DemandConfig, FleetConfig, SampleConfig
 from mta_ray.population.capacity.measure_engine import MeasureConfig, measure_engine
-from mta_ray.population.capacity.report import sections, tables
+from mta_ray.population.capacity.report import caveats, sections, tables
 from mta_ray.population.capacity.service_model import PodConfig
-from mta_ray.population.capacity.service_times import ServiceTimes, StepTime, read_times, write_times
+from mta_ray.population.capacity.service_times import ProcessTime, ServiceTimes, StepTime, read_times, write_times
 from mta_ray.population.capacity.simulate import SimulateCapacityConfig, simulate_capacity
-from mta_ray.population.capacity.validate import compare, validate_run
+from mta_ray.population.capacity.validate import ValidateConfig, compare, validate_run
+from mta_ray.population.joined import JoinReportsConfig, join_reports
 
 TIMES = ServiceTimes(step=StepTime(fixed_ms=5.0, row_ms=0.5, prompt_token_ms=0.05), source="a test")
 SAMPLE = SampleConfig(requests=100, curve_points=3, precision=0.1)
@@ -83,6 +87,57 @@ def test_the_report_is_made_of_its_figures_alone(tmp_path: Path) -> None:
     assert len(tables(report)) == 2
 
 
+MEASURED = ProcessTime(request_ms=1.0)
+ALL = replace(TIMES, proxy=MEASURED, ingress=MEASURED, replica=MEASURED, base="default", device="NVIDIA H200")
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "told"),
+    [
+        ({}, 1.0, ()),
+        ({"device": "cpu"}, 0.0, ()),
+        ({"device": "cpu"}, 1.0, ("No plan for GPUs", "of a CPU.")),
+        ({"base": "tiny"}, 1.0, ("No plan for GPUs", "of the tiny model.")),
+        ({"device": "cpu", "base": "tiny"}, 0.5, ("No plan for GPUs", "of a CPU and the tiny model.")),
+        ({"device": ""}, 1.0, ("No plan for GPUs", "does not name.")),
+        ({"source": "placeholder"}, 1.0, ("No plan for GPUs", "placeholders")),
+        ({"proxy": ProcessTime(), "replica": ProcessTime()}, 1.0, ("Not measured", "proxy, replica (all but")),
+    ],
+)
+def test_times_that_are_not_of_the_fleet_are_told(changes: dict, gpus: float, told: tuple[str, ...]) -> None:
+    fleet = FleetConfig(gpus_per_replica=gpus)
+    said = caveats({"times": asdict(replace(ALL, **changes)), "fleet": asdict(fleet), "too_long_share": 0.001})
+    assert len(said) == bool(told) and all(words in said[0] for words in told)
+
+
+def test_requests_that_are_too_long_are_told() -> None:
+    report = {"times": asdict(ALL), "fleet": asdict(FleetConfig()), "too_long_share": 0.025}
+    assert caveats(report) == [
+        "2.5% of the requests are longer than the 512 tokens that a replica takes: the service refuses them, the plan "
+        "serves them."
+    ]
+
+
+def test_two_plans_on_one_page_can_be_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traffic = TrafficConfig(prompt_tokens=4.0, answer_tokens=2.0, lengths="fixed")
+    asked = config(tmp_path, demand=DemandConfig(users=(1e4,)), traffic=traffic)
+    pod = PodConfig(replicas=1, max_requests=2)
+    for name, gpus in (("halves", 0.5), ("[wholes]", 1.0)):
+        fleet = FleetConfig(name=f"fleet of {name}", gpus_per_replica=gpus, price_per_gpu_hour=3.25, pod=pod)
+        simulate_capacity(replace(asked, fleet=fleet, out=str(tmp_path / name)))
+        printed = capsys.readouterr().out
+        assert f"fleet of {name}; service times: a test" in printed
+        assert "No plan for GPUs" in printed and "Not measured" in printed
+    join_reports(JoinReportsConfig(of=(f"{tmp_path}/halves", f"{tmp_path}/[wholes]"), out=str(tmp_path / "joined")))
+    page = (tmp_path / "joined" / "report.html").read_text()
+    for words in (
+        "Users, replicas, cost (halves)", "Users, replicas, cost ([wholes])", "fleet of halves", "fleet of [wholes]",
+        "GPUs a replica: 0.5, 2 of them on each", "GPUs a replica: 1; 3.25 for a GPU", "No plan for GPUs",
+        "the ingress was not measured", "What limits it here: these 85%",
+    ):  # fmt: skip
+        assert words in page, words
+
+
 def test_times_must_come_from_somewhere(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no service times"):
         SimulateCapacityConfig()
@@ -91,6 +146,12 @@ def test_times_must_come_from_somewhere(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no file"):
         simulate_capacity(SimulateCapacityConfig(service_times=str(tmp_path / "none"), out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cpus", [math.inf, math.nan, -1.0])
+def test_a_disturbance_without_end_is_refused(cpus: float) -> None:
+    with pytest.raises(ValueError, match="disturbed_cpus"):
+        ValidateConfig(disturbed_cpus=cpus)
 
 
 def rows(*answers: dict) -> pa.Table:

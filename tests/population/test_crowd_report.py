@@ -15,6 +15,8 @@ from mta_ray.population.crowd.anchors import Anchors, route_many
 from mta_ray.population.crowd.parts import BINS
 from mta_ray.population.crowd.quality import expected_quality
 from mta_ray.population.crowd.report import balance
+from mta_ray.population.crowd.sample import fidelity
+from mta_ray.population.crowd.vectors import fit_model
 from mta_ray.similarity.anchors import unit
 
 ANCHORS, DIM = 7, 16
@@ -85,3 +87,27 @@ def test_a_population_that_is_nearer_may_expect_what_near_users_had() -> None:
     found = expected_quality(cosines, scores, population)
     assert found["expected"] == pytest.approx((10 * 0.2 + 40 * 0.6) / 50)
     assert found["population_outside_evaluated"] == pytest.approx(0.2)
+
+
+def test_fidelity_tells_users_like_those_held_out_from_others() -> None:
+    rng = np.random.default_rng(0)
+    anchors = Anchors(
+        ids=tuple("abcdefg"),
+        embeddings=_vectors(ANCHORS, 0),
+        center=np.zeros(DIM, np.float32),
+        encoder="",
+        hash="",
+        version="v",
+    )
+    near = (anchors.embeddings[0] + rng.normal(scale=0.1, size=(600, DIM))).astype(np.float32)
+    model = fit_model(near[:400], rng.integers(5, 50, 400), encoded_items=24)
+
+    like = fidelity(model, near[400:], anchors, seed=0)
+    assert like["users_of_a_group"] == 100
+    assert like["sampled"]["nearest_cosine_ks"] < 0.25
+    far = (anchors.embeddings[1] + rng.normal(scale=0.3, size=(200, DIM))).astype(np.float32)
+    other = fidelity(model, far, anchors, seed=0)
+    assert other["sampled"]["nearest_cosine_ks"] > 0.7 > 0.25 > other["noise_floor"]["nearest_cosine_ks"]
+    assert other["sampled"]["anchor_share_distance"] > 0.7 > 0.25 > other["noise_floor"]["anchor_share_distance"]
+    cosines = unit(far) @ anchors.embeddings.T
+    assert other["mean_nearest_cosine"]["encoded"] == pytest.approx(cosines.max(axis=1).mean(), abs=1e-5)

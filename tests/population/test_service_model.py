@@ -252,6 +252,33 @@ def test_replicas_come_after_the_delays_and_go() -> None:
     assert 31 + 5 + 10 <= later[0][0] <= 31 + 5 + 10 + 3
 
 
+def test_who_has_least_to_do_goes() -> None:
+    """One replica is at work on a long answer when one is enough: the next question goes to it too."""
+    scaler = AutoscalerConfig(
+        max_replicas=2, target_ongoing_requests=2.0, downscale_delay_s=0.0, metrics_interval_s=1.0
+    )
+    pod = PodConfig(replicas=2, max_requests=2, routing="two_choices", autoscaler=scaler)
+    run = simulate_pod([Arrival(0.0, 0, 1, 1000), Arrival(5.0, 1, 1, 1)], pod, TIMES)
+    assert [count for _, count in run.replicas] == [2, 1]
+    assert len({outcome.replica for outcome in run.outcomes}) == 1
+
+
+def test_a_stack_that_is_not_there_takes_its_time_to_load() -> None:
+    asked = [Arrival(float(n), 0, 1, 1, has_stack=has) for n, has in enumerate((True, True, False))]
+    took = [o.total_ms for o in simulate_pod(asked, ONE_BY_ONE, replace(TIMES, stack_load_ms=7.0)).outcomes]
+    assert took == pytest.approx([STEP_MS + 7, STEP_MS, STEP_MS])
+
+
+def test_fewer_are_wanted_for_a_while_before_one_goes() -> None:
+    scaler = Scaler(AutoscalerConfig(target_ongoing_requests=1.0, downscale_delay_s=20.0, look_back_s=0.5), 3)
+    assert [scaler.decide(float(at), 1) for at in (0, 10, 19, 20)] == [3, 3, 3, 1]
+
+
+def test_requests_are_averaged_over_the_time_looked_back() -> None:
+    scaler = Scaler(AutoscalerConfig(target_ongoing_requests=1.0, upscale_delay_s=0.0, look_back_s=10.0), 1)
+    assert [scaler.decide(at, ongoing) for at, ongoing in ((0.0, 1), (1.0, 3), (10.5, 4), (30.0, 4))] == [1, 2, 4, 4]
+
+
 def test_a_wish_that_passes_changes_nothing() -> None:
     scaler = Scaler(AutoscalerConfig(target_ongoing_requests=1.0, upscale_delay_s=3.0, look_back_s=0.5), 1)
     assert [scaler.decide(float(at), ongoing) for at, ongoing in enumerate((3, 3, 1, 3, 3, 3, 3))] == [1] * 6 + [3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,9 @@ def test_a_file_gives_the_same_times_back(tmp_path: Path) -> None:
         ('{"step": {}}', "holds no service times"),
         (json.dumps({"times": {"step": {"fixed": 1.0}}}), "fixed"),
         (json.dumps({"times": {"away_ms": -1.0}}), "away_ms"),
+        (json.dumps({"times": {}}), "lacks step.fixed_ms, step.row_ms, step.prompt_ms, step.prompt_token_ms, source"),
+        (json.dumps({"times": {"step": {"fixed_ms": 3.0}, "source": "here"}}), "lacks step.row_ms"),
+        (json.dumps({"times": {"step": asdict(TRUE)}}), "lacks source"),
     ],
 )
 def test_another_file_is_refused(tmp_path: Path, text: str, complaint: str) -> None:

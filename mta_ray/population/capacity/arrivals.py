@@ -15,6 +15,8 @@ from mta_ray.population.capacity.service_times import no_type_check
 
 CROWD_MAX = 1_000_000
 """Users that are told apart in one pod; more are drawn as this many."""
+LENGTHS = 100_000
+"""Requests that are drawn to see how many are too long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,13 @@ def sample_arrivals(traffic: TrafficConfig, *, per_s: float, requests: int, user
     """So many Poisson arrivals. Another rate stretches the same ones: what differs then is due to the rate."""
     rng = np.random.default_rng(seed)
     return _requests(traffic, np.cumsum(rng.exponential(size=requests)) / per_s, users, rng, seed)
+
+
+def share_longer(traffic: TrafficConfig, tokens: int) -> float:
+    """Share of the requests whose prompt and answer have more tokens together, of many that are drawn."""
+    rng = np.random.default_rng(0)
+    lengths = [_lengths(traffic, mean, LENGTHS, rng) for mean in (traffic.prompt_tokens, traffic.answer_tokens)]
+    return float(np.mean(lengths[0] + lengths[1] > tokens))
 
 
 def draw_users(zipf: float, users: int, count: int, rng: np.random.Generator) -> ndarray:

@@ -9,13 +9,21 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import i0
 
-from mta_ray.population.capacity.arrivals import CROWD_MAX, TrafficConfig, hit_share, sample_arrivals, zipf_shares
+from mta_ray.population.capacity.arrivals import (
+    CROWD_MAX,
+    TrafficConfig,
+    hit_share,
+    sample_arrivals,
+    share_longer,
+    zipf_shares,
+)
 from mta_ray.population.capacity.service_model import Outcome, PodConfig, saturation_per_s, simulate_pod
 from mta_ray.population.capacity.service_times import ServiceTimes
 
@@ -30,16 +38,20 @@ LONGER = 5
 STEP_DOWN = 0.95
 WARM_SHARE = 0.1
 """Of a sample's requests, the first: they find an empty pod, and are not counted."""
+TOO_LONG_TOLD, TOO_LONG_MAX = 0.01, 0.05
+"""Share of the requests that are longer than a replica takes: above the one it is told, above the other refused."""
+GPU_SHARE_MIN = 1e-4
+"""Of a GPU; Ray counts no smaller ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetConfig:
     """What there is to serve with."""
 
-    name: str = "one GPU a replica"
+    name: str = "a fleet"
     """For the report."""
     gpus_per_replica: float = 1.0
-    """As `gpus_per_replica` of the service; 0: replicas on CPUs."""
+    """As `gpus_per_replica` of the service: whole, or a share of one GPU; 0: replicas on CPUs."""
     price_per_gpu_hour: float = 2.5
     """In whatever currency; a planning figure, not a quotation."""
     price_per_replica_hour: float = 0.1
@@ -55,13 +67,24 @@ class FleetConfig:
         for name in ("gpus_per_replica", "price_per_gpu_hour", "price_per_replica_hour", "spare_share"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 0 and finite")
+        gpus = self.gpus_per_replica
+        if gpus > 1 and gpus != int(gpus) or 0 < gpus < GPU_SHARE_MIN:
+            raise ValueError(
+                f"gpus_per_replica is {gpus}, wanted 0, a share of one GPU (at least {GPU_SHARE_MIN:g}), or a whole "
+                "number; Ray gives out no other"
+            )
         if self.min_replicas < 1:
             raise ValueError(f"min_replicas must be at least 1, got {self.min_replicas}")
 
-    @property
-    def price_per_hour(self) -> float:
-        """Of one replica."""
-        return self.price_per_gpu_hour * self.gpus_per_replica + self.price_per_replica_hour
+    def gpus(self, replicas: int) -> int:
+        """That so many replicas need; a replica's share is of one GPU, never of two."""
+        if not 0 < self.gpus_per_replica < 1:
+            return replicas * int(self.gpus_per_replica)
+        return math.ceil(replicas / math.floor(1 / self.gpus_per_replica + 1e-9))
+
+    def price_per_hour(self, replicas: int) -> float:
+        """Of so many, and of their GPUs, whole ones."""
+        return self.price_per_gpu_hour * self.gpus(replicas) + self.price_per_replica_hour * replicas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +136,11 @@ class TargetConfig:
     """503s."""
 
     def __post_init__(self) -> None:
-        if not (self.ttft_ms_p99 > 0 and self.total_ms_p99 > 0 and 0 <= self.refused_share < 1):
-            raise ValueError(f"a target is more than 0 ms, and a share of refused requests 0 to 1; got {self}")
+        is_finite = 0 < self.ttft_ms_p99 < math.inf and 0 < self.total_ms_p99 < math.inf
+        if not (is_finite and 0 <= self.refused_share < 1):
+            raise ValueError(
+                f"a target is more than 0 ms and finite, and a share of refused requests 0 to 1; got {self}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,15 +208,19 @@ class Plan:
     store_bytes: float
 
 
-def check_lengths(pod: PodConfig, traffic: TrafficConfig) -> None:
-    """Raise ValueError where an average request is longer than a replica takes."""
+def check_lengths(pod: PodConfig, traffic: TrafficConfig) -> float:
+    """The share of requests that are longer than a replica takes; ValueError where that is more than a few."""
     mean = traffic.prompt_tokens + traffic.answer_tokens
+    takes = (
+        f"and a replica takes at most {pod.max_tokens} (fleet.pod.max_tokens, as engine.max_tokens of the service); "
+        "measure one that takes more, or plan for shorter requests"
+    )
     if mean > pod.max_tokens:
-        raise ValueError(
-            f"a prompt and its answer have {mean:.0f} tokens on average, and a replica takes at most {pod.max_tokens} "
-            "(fleet.pod.max_tokens, as engine.max_tokens of the service); measure one that takes more, or plan for "
-            "shorter requests"
-        )
+        raise ValueError(f"a prompt and its answer have {mean:.0f} tokens on average, {takes}")
+    share = share_longer(traffic, pod.max_tokens)
+    if share > TOO_LONG_MAX:
+        raise ValueError(f"{share:.0%} of the prompts have too many tokens with their answers, {takes}")
+    return share
 
 
 class Planner:
@@ -210,7 +240,19 @@ class Planner:
         self._known: dict[float, Point] = {}
         # A replica's rate is asked for, so their number stays.
         self._pod = replace(fleet.pod, autoscaler=None)
-        check_lengths(fleet.pod, traffic)
+        self.too_long_share = check_lengths(fleet.pod, traffic)
+        if self.too_long_share > TOO_LONG_TOLD:
+            log.warning(
+                "%.1f%% of the requests are longer than the %d tokens of a replica: the service refuses them, the plan "
+                "serves them",
+                self.too_long_share * 100,
+                fleet.pod.max_tokens,
+            )
+
+    @cached_property
+    def can_per_s(self) -> float:
+        """What a replica that always has more to do gets through."""
+        return saturation_per_s(self._pod, self.times, self.traffic) / self._pod.replicas
 
     def at(self, per_s: float) -> Point:
         """A pod whose replicas get that many requests a second each."""
@@ -237,7 +279,6 @@ class Planner:
 
     def limit_per_s(self) -> float:
         """The most that a replica can take while the target holds, also for longer. ValueError where it never holds."""
-        can_per_s = saturation_per_s(self._pod, self.times, self.traffic) / self._pod.replicas
 
         def why(per_s: float) -> str:
             return (
@@ -245,11 +286,11 @@ class Planner:
                 "relax the target, or take faster replicas"
             )
 
-        least = can_per_s / 50
+        least = self.can_per_s / 50
         limit = largest(
             lambda per_s: not self.at(per_s).misses(self.target),
             least,
-            LOAD_MAX * can_per_s,
+            LOAD_MAX * self.can_per_s,
             self.sample.precision,
             why,
         )
@@ -278,15 +319,15 @@ class Planner:
         day = [
             self._with_spare(math.ceil(peak_per_s * share / limit_per_s)) for share in day_shares(demand.peak_factor)
         ]
-        month = replicas * fleet.price_per_hour * MONTH_H
+        month = fleet.price_per_hour(replicas) * MONTH_H
         return Plan(
             users=users,
             peak_per_s=peak_per_s,
             replicas=replicas,
-            gpus=math.ceil(replicas * fleet.gpus_per_replica),
+            gpus=fleet.gpus(replicas),
             at_peak=self.at(per_s),
             cost_per_month=month,
-            cost_per_month_scaled=float(np.mean(day)) * fleet.price_per_hour * MONTH_H,
+            cost_per_month_scaled=float(np.mean([fleet.price_per_hour(count) for count in day])) * MONTH_H,
             cost_per_1000_users=month / users * 1000,
             store_bytes=users
             * (demand.bytes_per_user + self.traffic.stack_share * demand.bytes_per_stack)

@@ -27,7 +27,7 @@ from scipy.optimize import nnls
 
 from mta_ray.population.capacity.arrivals import Arrival
 from mta_ray.population.capacity.service_model import PodConfig, simulate_pod
-from mta_ray.population.capacity.service_times import ProcessTime, ServiceTimes, StepTime
+from mta_ray.population.capacity.service_times import COEFFICIENTS, ProcessTime, ServiceTimes, StepTime
 from mta_ray.serving.local import APP_NAME
 
 PROCESSES = {"proxy": "SERVE_PROXY_ACTOR", "ingress": "#Ingress#", "replica": "#Model#"}
@@ -41,7 +41,6 @@ ALONE = 40
 OTHERS_MAX = 0.8
 """Share of the machine's CPUs that other programs are taken to have at most."""
 KINDS = ("python", "native", "engine")
-COEFFICIENTS = ("fixed_ms", "row_ms", "prompt_ms", "prompt_token_ms")
 TURNS = (1, 2, 4, 8)
 """What `turns` may be."""
 SLOWER = (0.75, 1.5)

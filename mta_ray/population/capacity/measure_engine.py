@@ -145,7 +145,7 @@ class _Bench:
             stack_load_ms=self._load_ms(tensors),
             stack_bytes=len(tensors),
             bank_bytes=self.bank_bytes,
-            device=torch.cuda.get_device_name() if self.config.device == "cuda" else "cpu",
+            device=torch.cuda.get_device_name(self.config.device) if self.config.device.startswith("cuda") else "cpu",
         )
 
     def _mixtures(self, rows: int, *, repeats: int) -> list[StepSample]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from mta_ray.evaluation.charts import BLUE, GREEN, GREY, ORANGE, RED, STYLE, plain_ticks
 from mta_ray.evaluation.sections import Section
+from mta_ray.population.capacity.fleet import LOAD_MAX, TOO_LONG_TOLD
+from mta_ray.population.capacity.service_times import PLACEHOLDER
 
 TITLE = "How many machines for how many users"
 CLOCKS = {
@@ -42,7 +46,8 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """The same in short, for a terminal."""
-    told = [_table("capacity", _plan_rows(report["plans"], short=True))]
+    title = f"capacity of {report['fleet']['name']}; service times: {report['times']['source']}"
+    told = [_table(title, _plan_rows(report["plans"], short=True), notes=caveats(report))]
     if "validation" in report:
         loads = report["validation"]["loads"]
         told.append(_table("predicted / measured", _compared(loads, "load", _load_name)))
@@ -52,21 +57,81 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     return told
 
 
+def caveats(report: Mapping[str, Any]) -> list[str]:
+    """What whoever buys machines by this plan must know."""
+    times, fleet, told = report["times"], report["fleet"], []
+    if fleet["gpus_per_replica"] > 0 and (of := _other_than_gpu(times)):
+        told.append(
+            f"No plan for GPUs: the service times are {of}. Replicas are taken to be as fast as these times say, so "
+            "the numbers and costs of GPUs here are not those of a service on GPUs. Measure on one (--measure BASE "
+            "--measuring.device cuda), or plan for CPUs (--fleet.gpus-per-replica 0)."
+        )
+    if missing := [name for name in ("proxy", "ingress", "replica") if not _is_measured(times[name])]:
+        told.append(
+            f"Not measured, and left out of the plan as if it took no time: {', '.join(missing)}"
+            f"{' (all but its engine)' if 'replica' in missing else ''}."
+        )
+    share = report.get("too_long_share", 0.0)
+    if share > TOO_LONG_TOLD:
+        told.append(
+            f"{share:.1%} of the requests are longer than the {fleet['pod']['max_tokens']} tokens that a replica "
+            "takes: the service refuses them, the plan serves them."
+        )
+    return told
+
+
+def _other_than_gpu(times: Mapping[str, Any]) -> str:
+    """What service times are, where they are not those of a GPU and a model that somebody would serve."""
+    if times["source"] == PLACEHOLDER:
+        return "placeholders that nobody has measured"
+    device = times.get("device", "")
+    of = ["a CPU"] if device == "cpu" else [] if device else ["a device that their file does not name"]
+    of += ["the tiny model"] if times.get("base") == "tiny" else []
+    return f"those of {' and '.join(of)}" if of else ""
+
+
+def _is_measured(part: Mapping[str, float]) -> bool:
+    return any(part.values())
+
+
+def _fleet_note(fleet: Mapping[str, Any]) -> str:
+    gpus = fleet["gpus_per_replica"]
+    shared = f", {math.floor(1 / gpus + 1e-9)} of them on each" if 0 < gpus < 1 else ""
+    return (
+        f"Fleet: {fleet['name']}. GPUs a replica: {gpus:g}{shared}; {fleet['price_per_gpu_hour']:g} for a GPU and "
+        f"hour, {fleet['price_per_replica_hour']:g} for a replica and hour without GPUs. Prices are settings."
+    )
+
+
+def _limit_note(report: Mapping[str, Any]) -> str:
+    """What keeps a replica from more."""
+    share = report["limit"]["per_s"] / report["can_per_s"]
+    is_promise = share < LOAD_MAX * (1 - 1e-9)
+    return (
+        f"A replica that always has more to do gets through {report['can_per_s']:.3g} requests a second, and is "
+        f"planned for at most {LOAD_MAX:.0%} of that. What limits it here: "
+        + (f"the promise, at {share:.0%}." if is_promise else f"these {LOAD_MAX:.0%}: the promise holds there.")
+    )
+
+
 def _plan_section(report: Mapping[str, Any]) -> Section:
     plans, limit, demand, target = report["plans"], report["limit"], report["demand"], report["target"]
     last = plans[-1]
+    known = " ".join((f"Service times: {report['times']['source']}.", *caveats(report)))
     return Section(
         title="Users, replicas, cost",
-        lead=f"{_count(last['users'])} users ask {_count(last['peak_per_s'])} times a second at the peak and need "
-        f"{last['replicas']:,} replicas ({last['gpus']:,} GPUs): one takes {limit['per_s']:.3g} requests a second.",
+        lead=f"{known} {_count(last['users'])} users ask {_count(last['peak_per_s'])} times a second at the peak and "
+        f"need {last['replicas']:,} replicas ({last['gpus']:,} GPUs): one takes {limit['per_s']:.3g} requests a "
+        "second.",
         figures=[("replicas and cost a month against users, both axes logarithmic", plans_chart(plans))],
         rows=_plan_rows(plans),
         notes=[
+            _fleet_note(report["fleet"]),
             f"{demand['requests_per_day']:g} requests a user and day, {demand['peak_factor']:g} times as many at the "
             f"peak as on average. Promised: first token p99 {target['ttft_ms_p99']:g} ms, total p99 "
             f"{target['total_ms_p99']:g} ms, at most {target['refused_share']:.1%} refused.",
             f"Replicas with {report['fleet']['spare_share']:.0%} spare, at least one; the latency is that of the peak "
-            "with the spare ones dead. Prices are settings. `scaled`: replicas follow the day's curve.",
+            "with the spare ones dead. `scaled`: replicas follow the day's curve.",
             "One pod is simulated and counted as often as needed: replicas share only the user store, whose own "
             "capacity is not simulated.",
         ],
@@ -79,8 +144,10 @@ def _replica_section(report: Mapping[str, Any]) -> Section:
     notes = [
         f"A pod of {pod['replicas']} replicas, {pod['max_requests']} rows each. At the chosen rate the engine is busy "
         f"{limit['engine_busy']:.0%} of the time, with {limit['rows']:.1f} rows a step; the ingress "
-        f"{limit['ingress_busy']:.0%}."
+        + (f"{limit['ingress_busy']:.0%}." if _is_measured(report["times"]["ingress"]) else "was not measured.")
     ]
+    if "can_per_s" in report:
+        notes.insert(0, _limit_note(report))
     if limit["ingress_busy"] > 0.8:
         notes.append("The ingress is what limits this pod: fewer replicas for each ingress would do more.")
     if hits is not None:
@@ -109,8 +176,13 @@ def _times_section(report: Mapping[str, Any]) -> Section:
     for name in ("proxy", "ingress", "replica", "client"):
         part = times[name]
         keys = ("request_ms", "token_ms", "native_request_ms", "native_token_ms")
-        rows.append((name, *(f"{part[key]:.2f}" for key in keys)))
-    notes = [f"Measured on: {times['source']}. Time in which nobody works: {times['away_ms']:.1f} ms a request."]
+        rows.append((name, *(f"{part[key]:.2f}" if _is_measured(part) else "–" for key in keys)))
+    around = any(_is_measured(times[name]) for name in ("proxy", "ingress", "replica"))
+    away = f"{times['away_ms']:.1f} ms a request" if around or times["away_ms"] else "not measured"
+    notes = [
+        f"Measured on: {times['source']} (base: {times.get('base') or 'not told'}; device: "
+        f"{times.get('device') or 'not told'}). –: not measured. Time in which nobody works: {away}."
+    ]
     if "engine" in report:
         fit = report["engine"]["fit"]
         notes.append(
@@ -206,8 +278,9 @@ def _load_name(load: Mapping[str, Any]) -> str:
     return f"{load['share']:.0%}, {load['per_s']:.1f}/s"
 
 
-def _table(title: str, rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+def _table(title: str, rows: Sequence[Sequence[str]], *, notes: Sequence[str] = ()) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.caption, table.caption_justify, table.caption_style = escape("\n".join(notes)) or None, "left", "bold"
     for number, head in enumerate(rows[0]):
         table.add_column(head, justify="right" if number else "left")
     for row in rows[1:]:

@@ -49,7 +49,7 @@ class PodConfig:
     max_waiting: int = 32
     """Requests that wait for a row; one more is a 503."""
     max_tokens: int = 512
-    """Of a prompt and its answer together; the service refuses a longer one. Here only their means are looked at."""
+    """Of a prompt and its answer together; the service refuses a longer one. The simulation itself serves it."""
     stack_slots: int = 48
     """Stacks on a replica's device at once."""
     cores: int | None = None

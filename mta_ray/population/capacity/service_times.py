@@ -18,6 +18,10 @@ from scipy.optimize import nnls
 from mta_ray.settings import settings_of
 
 T = TypeVar("T")
+PLACEHOLDER = "placeholder"
+"""The source of times that nobody has measured."""
+COEFFICIENTS = ("fixed_ms", "row_ms", "prompt_ms", "prompt_token_ms")
+"""Of a step."""
 
 
 def no_type_check(part: T) -> T:
@@ -112,8 +116,12 @@ class ServiceTimes:
     """In so many turns a process does its work on a request: threads hand it to each other, each waits for a CPU."""
     stack_load_ms: float = 1.0
     """A stack from the store into its slot, at a miss."""
-    source: str = "placeholder"
-    """On what it was measured."""
+    source: str = PLACEHOLDER
+    """On what it was measured, in words."""
+    base: str = ""
+    """The model that was measured: `tiny`, `default`, or a `base` artifact; empty: not told."""
+    device: str = ""
+    """What its engine ran on: `cpu`, or a GPU's name; empty: not told."""
 
     def __post_init__(self) -> None:
         for name in ("away_ms", "pause_ms", "stack_load_ms"):
@@ -126,8 +134,7 @@ class ServiceTimes:
 
     def scaled(self, factor: float) -> ServiceTimes:
         """All work that much longer; what is waited for stays."""
-        names = ("fixed_ms", "row_ms", "prompt_ms", "prompt_token_ms")
-        step = replace(self.step, **{name: getattr(self.step, name) * factor for name in names})
+        step = replace(self.step, **{name: getattr(self.step, name) * factor for name in COEFFICIENTS})
         parts = {name: getattr(self, name).scaled(factor) for name in ("proxy", "ingress", "replica", "client")}
         return replace(self, step=step, **parts)
 
@@ -188,7 +195,7 @@ def write_times(path: str | Path, times: ServiceTimes, facts: dict[str, Any]) ->
 
 
 def read_times(path: str | Path) -> ServiceTimes:
-    """The times of such a file."""
+    """The times of such a file; it must hold a step and a source, for the defaults are nobody's times."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         times = raw["times"]
@@ -196,7 +203,12 @@ def read_times(path: str | Path) -> ServiceTimes:
         raise ValueError(f"no service times at {path}; write them with --measure, or correct the path") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no service times ({error!r}); write them with --measure") from error
-    return settings_of(ServiceTimes, times, source=str(path))
+    read = settings_of(ServiceTimes, times, source=str(path))
+    missing = [f"step.{name}" for name in COEFFICIENTS if name not in times.get("step", {})]
+    missing += [] if times.get("source") else ["source"]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; write it with --measure, or add what was measured")
+    return read
 
 
 def _check_times(times: StepTime | ProcessTime) -> None:

@@ -110,6 +110,8 @@ def simulate_capacity(config: SimulateCapacityConfig) -> str:
         report |= {
             "times": asdict(times),
             "limit": asdict(planner.at(limit_per_s)),
+            "can_per_s": planner.can_per_s,
+            "too_long_share": planner.too_long_share,
             "expected_stack_hits": planner.expected_hits(limit_per_s),
             "plans": [asdict(plan) for plan in plans],
             "curve": [asdict(point) for point in planner.curve(limit_per_s)],
@@ -144,6 +146,10 @@ def _hash_of(name: str, path: str) -> str:
     return file_sha256(path)
 
 
+def _device(name: str, measuring: MeasureConfig) -> str:
+    return f"{measuring.threads} CPU thread{'s' if measuring.threads > 1 else ''}" if name == "cpu" else name
+
+
 def _times(config: SimulateCapacityConfig) -> tuple[ServiceTimes, dict[str, Any]]:
     """The times, and the report so far."""
     report: dict[str, Any] = {"simulation": "capacity"}
@@ -157,7 +163,9 @@ def _times(config: SimulateCapacityConfig) -> tuple[ServiceTimes, dict[str, Any]
         times = ServiceTimes(
             step=engine.fit.step,
             stack_load_ms=engine.stack_load_ms,
-            source=f"the engine of base {config.measure} on {engine.device}, by itself",
+            source=f"the engine of base {config.measure} by itself, on {_device(engine.device, config.measuring)}",
+            base=config.measure,
+            device=engine.device,
         )
         report["engine"] = asdict(engine)
     if config.validate:

@@ -76,10 +76,10 @@ class ValidateConfig:
             raise ValueError(f"base is {self.base!r}; the service that is validated is of `tiny` or `default`")
         if not self.loads or not all(0 < share < 10 for share in self.loads):
             raise ValueError(f"loads are {self.loads}, wanted at least one, each more than 0 and less than 10")
-        if min(self.tries, self.repeats) < 1 or self.disturbed_cpus < 0:
+        if min(self.tries, self.repeats) < 1 or not 0 <= self.disturbed_cpus < math.inf:
             raise ValueError(
                 f"tries is {self.tries}, repeats {self.repeats} and disturbed_cpus {self.disturbed_cpus}, wanted at "
-                "least 1, 1 and 0"
+                "least 1, 1 and 0, and finite"
             )
         if (
             not 5 <= self.seconds < math.inf
@@ -119,6 +119,8 @@ def validate_live(config: ValidateConfig, traffic: TrafficConfig) -> tuple[Servi
             times, facts = calibrate(
                 url, body, users, engine.fit.step, pod, config.calibration, stack_load_ms=engine.stack_load_ms
             )
+            source = f"a service of base {config.base} on {os.cpu_count()} CPUs, {times.source}"
+            times = replace(times, source=source, base=config.base, device=engine.device)
 
             # 3. loads that were not looked at before
             can_per_s = saturation_per_s(pod, times, replace(traffic, prompt_tokens=float(facts["prompt_tokens"])))

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import ray
 from ray.actor import ActorHandle
 
+from mta_ray.artifacts import jsonable
 from mta_ray.files import replace_file
 from mta_ray.lamp.users import HistoryItem
 from mta_ray.lora.fusion_config import FusionConfig
@@ -224,6 +225,7 @@ class StorePart:
             "users": len(batch),
             "added": added,
             "others": others,
+            "last": self._last(batch),
             "began_at_s": batch["began_at_s"][0].as_py(),
             "seconds": seconds,
             **self._figures(batch),
@@ -244,6 +246,13 @@ class StorePart:
             if count < len(new):
                 others += sum(not self._has(one) for one in new)
         return added, others
+
+    def _last(self, batch: pa.Table) -> dict[str, Any] | None:
+        """The last user as the store should have him: by him a later run knows whether it has this part."""
+        if self.store is None:
+            return None
+        (new,) = self._new_users(batch.slice(len(batch) - 1))
+        return {"id": new.user.id, "route": jsonable(new.route)}
 
     def _has(self, new: NewUser) -> bool:
         assert self.store is not None

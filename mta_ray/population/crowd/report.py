@@ -120,6 +120,8 @@ def told(report: Mapping[str, Any]) -> str:
     if report["store"]:
         a_user = report["store"]["bytes_per_user"]
         rows.append(("store", "nobody added" if a_user is None else f"{a_user:.0f} bytes a user"))
+    if whole.get("users_kept_as_they_were"):
+        rows.append(("kept as they were in the store", f"{whole['users_kept_as_they_were']:,} users"))
     if report["fidelity"]:
         for key, label in FIDELITY.items():
             one, other = (report["fidelity"][name][key] for name in ("sampled", "noise_floor"))
@@ -245,6 +247,11 @@ def _speed_section(report: Mapping[str, Any]) -> Section:
         )
     if report["store"] and report["store"]["bytes_per_user"] is not None:
         notes.append(f"A user takes {report['store']['bytes_per_user']:,.0f} bytes in the store.")
+    if kept := whole.get("users_kept_as_they_were"):
+        notes.append(
+            f"{kept:,} users were in the store already with another route or history and stay as they were there: its "
+            "users are not those of the files."
+        )
     figure = crowd_charts.growth_chart(growth)
     return Section(
         title="A population through the pipeline",

@@ -6,29 +6,30 @@ are missing.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import sqlalchemy as sa
 from ray.actor import ActorHandle
 
-from mta_ray.artifacts import canonical_json, is_current, jsonable, located, open_artifact, publish
+from mta_ray.artifacts import canonical_json, is_current, jsonable, located, open_artifact, publish, refuse_stranger
 from mta_ray.cluster import ClusterConfig, connect, fixed_cpus
 from mta_ray.console import announce
 from mta_ray.evaluation.sections import write_sections
-from mta_ray.files import alone_in
+from mta_ray.files import alone_in, replace_file
 from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.object_store import is_remote
 from mta_ray.pipeline.memory import watch_memory
@@ -40,8 +41,8 @@ from mta_ray.population.crowd.anchors import Anchors, anchors_of_bank, anchors_o
 from mta_ray.population.crowd.bare import bare_users_per_s
 from mta_ray.population.crowd.parts import HASH, PROGRESS, SUMMARY, CrowdPlan, run_parts
 from mta_ray.population.crowd.quality import Evaluated, quality_by_cosine, read_evaluated
-from mta_ray.population.crowd.vectors import fit_model, load_model
-from mta_ray.population.people import WorldConfig, user_name
+from mta_ray.population.crowd.vectors import EmbeddingModel, fit_model, load_model
+from mta_ray.population.people import WorldConfig
 from mta_ray.serving.database import DatabaseConfig, is_there, open_database, open_existing
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.user_store import UnknownUser, UserStore
@@ -49,6 +50,8 @@ from mta_ray.similarity.embedding import EMBEDDED
 
 log = logging.getLogger(__name__)
 KIND = "population"
+MARK = ".mta-simulate-population"
+"""A file in OUT.parts that says whose folder it is: only then may it be emptied and removed."""
 PART_USERS = {"sampled": 5000, "encoded": 250}
 HELD_OUT_MIN = 20
 PART_USERS_MAX = 50_000
@@ -70,7 +73,7 @@ class SimulatePopulationConfig:
     """The `bank` artifact that users are routed to; none: anchors are chosen from the sample, with nothing trained."""
     anchors: int = 50
     """Anchors to choose where no bank is given."""
-    fusion: FusionConfig = field(default_factory=FusionConfig)
+    fusion: FusionConfig = field(default_factory=lambda: FusionConfig(k=4, temperature=0.1))
     """How a user's anchors are weighed."""
     encoder: str = EMBEDDED
     """As in embed-users; with a bank, the bank's is used."""
@@ -83,7 +86,8 @@ class SimulatePopulationConfig:
     held_out: int = 1000
     """More encoded users, which the fidelity of drawn vectors is measured on; 0: it is not measured."""
     store: str | None = None
-    """User store to fill too: a SQLite file, or `postgresql://user@host/name`; users who are there already stay."""
+    """User store to fill too: a SQLite file, or `postgresql://user@host/name`; users who are there already stay.
+    Not inside OUT, which is replaced whole."""
     tenant: str = "simulated"
     """Tenant of the users in the store, and of anchors that are no bank's."""
     history_items: int = 3
@@ -136,6 +140,13 @@ class SimulatePopulationConfig:
             raise ValueError("a report says what to expect of the bank that it was made with; give that bank too")
         if is_remote(self.out):
             raise ValueError(f"out is {self.out}, wanted a folder that every worker can reach: parts are renamed there")
+        file = None if self.store is None else _sqlite_file(self.store)
+        for folder in (self.out, f"{self.out}.parts"):
+            if file is not None and file.is_relative_to(Path(folder).expanduser().resolve()):
+                raise ValueError(
+                    f"store is {self.store}, which lies in {folder} and would be lost when that is replaced or "
+                    "removed; choose another place"
+                )
 
 
 def simulate_population(config: SimulatePopulationConfig) -> str:
@@ -143,7 +154,7 @@ def simulate_population(config: SimulatePopulationConfig) -> str:
     named = [name for name in ("bank", "report", "evaluated") if getattr(config, name) is not None]
     config = located(config, "out", *named)
     if config.store is not None and "://" not in config.store:
-        config = dataclasses.replace(config, store=str(Path(config.store).expanduser().absolute()))
+        config = replace(config, store=str(Path(config.store).expanduser().absolute()))
     kinds = {"bank": "bank", "report": "report", "evaluated": "embeddings"}
     inputs = {name: open_artifact(getattr(config, name), kind=kinds[name], verify=False).hash for name in named}
     settings = {k: v for k, v in jsonable(config).items() if k not in ("out", "force", "cluster", "workers", *kinds)}
@@ -159,11 +170,14 @@ def simulate_population(config: SimulatePopulationConfig) -> str:
             config.report, config.evaluated, bank_hash=inputs["bank"], method=config.method, task=config.world.task,
             max_items=config.max_items, max_words=config.max_words,
         )  # fmt: skip
+    refuse_stranger(config.out, KIND)
     work = Path(f"{config.out}.parts")
     with alone_in(work, "another simulation"):
+        _claim(work)
         if config.force:
             _empty(work)
         report = _make(config, settings, inputs, work, evaluated)
+        _empty(work)  # the mark goes last
         shutil.rmtree(work, ignore_errors=True)
     announce(crowd_report.told(report))
     log.info("population: %d users, in %s", config.users, config.out)
@@ -185,7 +199,7 @@ def _make(
         run = _run(config, crowd, config.users, work, board, is_growth=False)
 
         # 3. what was seen
-        summaries = [json.loads(_metadata(run.plan.file(part))[SUMMARY]) for part in range(run.plan.parts)]
+        summaries = [_summary(run.plan.file(part)) for part in range(run.plan.parts)]
         report = crowd_report.report_of(
             summaries,
             settings=settings,
@@ -209,7 +223,7 @@ class _Crowd:
     """What is the same at every size."""
 
     anchors: Anchors
-    model: Any
+    model: EmbeddingModel | None
     texts: list[Any]
     fidelity: dict[str, Any] | None
 
@@ -233,9 +247,12 @@ def _prepare(config: SimulatePopulationConfig, work: Path, board: ActorHandle) -
     edition = words.edition(config.world.task)
     made_of = (asdict(config.world), edition, encoder, config.max_items, config.max_words, config.history_items, users)
     name = _digest(made_of)
+    sample_file = work / f"sample-{name}.parquet"
+    if _kept(pq.read_table, sample_file) is None:
+        sample_file.unlink(missing_ok=True)
     with follow(board, crowd_sample.PROGRESS, users, "users"):
         sample = crowd_sample.encode_sample(
-            work / f"sample-{name}.parquet",
+            sample_file,
             config.world,
             users,
             encoder=encoder,
@@ -260,9 +277,10 @@ def _prepare(config: SimulatePopulationConfig, work: Path, board: ActorHandle) -
     if not is_sampled:
         return _Crowd(anchors=anchors, model=None, texts=[], fidelity=None)
     file = work / f"model-{name}-{config.fitted_on}.npz"
-    if not file.exists():
+    model = _kept(load_model, file)
+    if model is None:
         fit_model(sample.means[fitted], sample.items[fitted], encoded_items=config.max_items).save(file)
-    model = load_model(file)
+        model = load_model(file)
     fidelity = None
     if config.held_out:
         fidelity = crowd_sample.fidelity(model, sample.means[config.fitted_on :], anchors, seed=config.world.seed)
@@ -282,7 +300,7 @@ def _run(
     finished = folder / "finished.json"
     if is_growth:
         plan = _plan(config, crowd, anchors, users, folder, store)  # no anchor is retired in a store of its own
-        facts = json.loads(finished.read_text()) if finished.exists() else {}
+        facts = _kept(lambda file: json.loads(file.read_text()), finished) or {}
         _clear(folder)
         if facts.get("hash") == plan.hash and facts.get("workers") == config.workers:
             return _Run(plan=plan, facts=facts, bare_users_per_s=None)
@@ -296,8 +314,7 @@ def _run(
     # marks of parts whose users the store has lost count for nothing
     done = [] if is_growth else [part for part in range(plan.parts) if _is_done(plan, part)]
     if store is not None and done:
-        lasts = _last_users(config, users)
-        kept = _are_stored(store, config.tenant, config.world.seed, [lasts[part] for part in done])
+        kept = _are_stored(store, config.tenant, [plan.file(part) for part in done])
         done = [part for part, is_kept in zip(done, kept, strict=True) if is_kept]
     missing = sorted(set(range(plan.parts)) - set(done))
     if done:
@@ -311,18 +328,18 @@ def _run(
     # 3. the parts
     began_s = time.perf_counter()
     counted = f"{PROGRESS}, {users} users" if is_growth else PROGRESS
-    plan = dataclasses.replace(plan, progress=counted)
+    plan = replace(plan, progress=counted)
     with watch_memory() as memory, follow(board, counted, sum(map(plan.rows, missing)), "users"):
         run_parts(plan, missing, board)
     facts = crowd_report.growth_of(
-        [json.loads(_metadata(plan.file(part))[SUMMARY]) for part in missing],
+        [_summary(plan.file(part)) for part in missing],
         users=users,
         seconds=time.perf_counter() - began_s,
         memory=memory,
         store_bytes=_store_bytes(store),
         store_bytes_before=before_bytes,
     )
-    others = sum(json.loads(_metadata(plan.file(part))[SUMMARY])["others"] for part in range(plan.parts))
+    others = sum(_summary(plan.file(part))["others"] for part in range(plan.parts))
     facts |= {"hash": plan.hash, "workers": config.workers, "users_kept_as_they_were": others}
     if others:
         log.warning(
@@ -331,7 +348,8 @@ def _run(
             *(others, users),
         )
     if is_growth:
-        finished.write_text(json.dumps(facts))
+        text = json.dumps(facts)
+        replace_file(finished, lambda path: path.write_text(text))
         _clear(folder)
     return _Run(plan=plan, facts=facts, bare_users_per_s=bare)
 
@@ -365,10 +383,25 @@ def _plan(
     )
 
 
+def _claim(folder: Path) -> None:
+    """Mark the folder as ours; ValueError where something else lies in it."""
+    mark = folder / MARK
+    if mark.exists():
+        return
+    if found := sorted(path.name for path in folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds {found[0]!r} and no {MARK}: it was not made by this command, which would empty and remove "
+            "it; choose another --out, or move it away (what an earlier version of mta-ray left there may be removed)"
+        )
+    mark.touch()
+
+
 def _empty(folder: Path) -> None:
-    """The folder itself stays: we hold its lock."""
+    """The folder itself stays, we hold its lock; so does its mark."""
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.name == MARK:
+            continue
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -385,57 +418,73 @@ def _digest(value: Any) -> str:
 
 
 def _is_done(plan: CrowdPlan, part: int) -> bool:
-    if not plan.file(part).exists():
+    found = _kept(pq.read_metadata, plan.file(part))
+    if found is None or found.num_rows != plan.rows(part):
         return False
+    return (found.metadata or {}).get(HASH) == plan.hash.encode()
+
+
+def _kept(read: Callable[[Path], Any], file: Path) -> Any | None:
+    """What an earlier run left in the file; None where there is nothing, or where it is damaged."""
     try:
-        found = pq.read_metadata(plan.file(part))
-    except pa.ArrowInvalid:  # the machine went down before its content reached the disk
-        return False
-    return found.num_rows == plan.rows(part) and (found.metadata or {}).get(HASH) == plan.hash.encode()
+        return read(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, pa.ArrowException, zipfile.BadZipFile):
+        log.warning("population: %s is damaged and is made again", file)
+        return None
 
 
-def _metadata(file: Path) -> dict[bytes, bytes]:
-    return pq.read_metadata(file).metadata or {}
+def _summary(file: Path) -> dict[str, Any]:
+    """What a part's file says of it."""
+    summary: dict[str, Any] = json.loads(pq.read_metadata(file).metadata[SUMMARY])
+    return summary
 
 
 def _is_stored(config: SimulatePopulationConfig) -> bool:
     """Whether the store has this population; a user of every part's end is looked up, not all of them."""
     if config.store is None:
         return True
-    return all(_are_stored(config.store, config.tenant, config.world.seed, _last_users(config, config.users)))
-
-
-def _last_users(config: SimulatePopulationConfig, users: int) -> list[int]:
-    """The number of each part's last user."""
-    size = _part_users(config)
-    return [min(first + size, users) - 1 for first in range(0, users, size)]
+    return all(_are_stored(config.store, config.tenant, sorted(Path(config.out).glob("part-*.parquet"))))
 
 
 def _part_users(config: SimulatePopulationConfig) -> int:
     return config.part_users or PART_USERS[config.embeddings]
 
 
-def _are_stored(store: str, tenant: str, seed: int, numbers: Sequence[int]) -> list[bool]:
-    """Of users of a world by their numbers, whether they are in the store."""
+def _are_stored(store: str, tenant: str, parts: Sequence[Path]) -> list[bool]:
+    """Of each part, whether its last user is in the store with the route that is his."""
     place = DatabaseConfig(url=store)
     if not is_there(place):
-        return [False] * len(numbers)
+        return [False] * len(parts)
     with closing(open_existing(place)) as database:
         users = UserStore(database)
-        return [_is_known(users, UserId(tenant=tenant, id=user_name(seed, number))) for number in numbers]
+        return [_is_stored_as(users, tenant, (_kept(_summary, part) or {}).get("last")) for part in parts]
 
 
-def _is_known(users: UserStore, user: UserId) -> bool:
+def _is_stored_as(users: UserStore, tenant: str, last: dict[str, Any] | None) -> bool:
+    """`last` as in a part's summary; parts of an earlier version have none."""
+    if last is None:
+        return False
     try:
-        users.read(user)
+        route = users.read(UserId(tenant=tenant, id=last["id"])).route
     except UnknownUser:
         return False
-    return True
+    return route is not None and jsonable(replace(route, history_version=0)) == last["route"]
 
 
 def _has_password(url: str) -> bool:
     parts = urlsplit(url)
     return parts.password is not None or "password" in parse_qs(parts.query)
+
+
+def _sqlite_file(store: str) -> Path | None:
+    """None: it is another database."""
+    if "://" not in store:
+        return Path(store).expanduser().resolve()
+    if not store.startswith("sqlite"):
+        return None
+    return Path(sa.make_url(store).database or "").resolve()
 
 
 def _store_bytes(store: str | None) -> int | None:
