@@ -119,6 +119,38 @@ def test_a_wrong_text_is_wrong_and_a_lost_answer_failed(run: LoadRun) -> None:
     assert judge(run.rows, None)[place] == "unchecked"
 
 
+def test_histories_that_change_places_are_found(run: LoadRun) -> None:
+    """What a service would do that mixes up two newcomers' histories, and says so by their anchors."""
+    book = run.book
+    assert book is not None
+    right = judge(run.rows, book)
+    firsts: dict[int, Row] = {}
+    for row, verdict in zip(run.rows, right, strict=True):
+        if row.kind == "history" and verdict == "ok" and row.user not in book.marked:
+            firsts.setdefault(row.user, row)
+    assert len(firsts) >= 4
+    asked = Counter(
+        row.user for row, verdict in zip(run.rows, right, strict=True) if row.kind == "ask" and verdict == "ok"
+    )
+    one = max(firsts, key=lambda user: asked[user])
+    other = next(user for user in firsts if (user - one) % 6)
+    swapped = {id(firsts[one]): firsts[other], id(firsts[other]): firsts[one]}
+
+    # both are told anchors that their own text does not lead to, and answered by them
+    rows = [replace(row, item=swapped[id(row)].item) if id(row) in swapped else row for row in run.rows]
+    found = judge(rows, book)
+    for row, before, after in zip(run.rows, right, found, strict=True):
+        if id(row) in swapped:
+            assert after == "wrong"
+        elif row.user not in (one, other):
+            assert after == before
+    assert any(
+        before == "ok" and after in ("wrong", "wrong_user")
+        for row, before, after in zip(run.rows, right, found, strict=True)
+        if row.kind == "ask" and row.user == one
+    )
+
+
 def test_a_question_beside_a_change_may_have_either_answer(run: LoadRun) -> None:
     book = run.book
     assert book is not None

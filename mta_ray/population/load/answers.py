@@ -1,7 +1,9 @@
 """What each user must be told, computed by a merged model that knows nothing of serving, and whether they were.
 
 A user's answers are known as long as anchors, weights and stack are: of users who were marked before the run, and of
-those who come, change or go in it. A user whose stack is trained by the service is not judged from then on.
+those who come, change or go in it. The anchors are computed from the history that was sent; only where it cannot be
+known what of it is stored are they those that the service told. A user whose stack is trained by the service is not
+judged from then on.
 """
 
 from __future__ import annotations
@@ -10,23 +12,31 @@ import copy
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
+import numpy as np
 import torch
 
 from mta_ray.benchmarks.marked_users import random_adapter
 from mta_ray.lora.adapter import Adapter, from_bytes, save_peft, to_bytes
 from mta_ray.lora.bank import Bank
 from mta_ray.lora.fusion import fuse, stack
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.model.backbone import Backbone, merge
 from mta_ray.model.batches import whole_prompt_ids
+from mta_ray.personalize.merge_then_adapt import encode, route_users
 from mta_ray.population.load.rows import Row
+from mta_ray.similarity.embedding import Encoder
 
 Anchors = tuple[tuple[int, float], ...]
 """Slot and weight of each; empty: nobody's, every anchor alike."""
 CERTAIN = 2e-4
 """Two best tokens whose logits are closer than this may change places by rounding: no answer is judged by them."""
+NEAR = 1e-4
+"""Two cosines that are closer than this may change places by rounding."""
+SAME_WEIGHT = 1e-3
+"""Weights that differ by less are the same but for rounding."""
 ATTEMPTS = 8
 """Stacks that are drawn for a user before there must be one whose answer is nobody else's."""
 
@@ -43,16 +53,47 @@ class Expected:
 class AnswerBook:
     """Expected answers of all users, each computed when it is first asked for."""
 
-    def __init__(self, backbone: Backbone, bank: Bank, prompts: Sequence[str], *, tokens: int) -> None:
+    def __init__(
+        self, backbone: Backbone, bank: Bank, prompts: Sequence[str], *, tokens: int, fusion: FusionConfig
+    ) -> None:
         self.backbone, self._bank, self._prompts, self._tokens = backbone, bank, prompts, tokens
+        self._fusion, self._encoder = fusion, Encoder(bank.encoder)
+        self._vectors: dict[str, np.ndarray] = {}
         self.marked: dict[int, Anchors] = {}
         """Users who were introduced before the run, with their anchors."""
+        self.items: dict[int, str] = {}
+        """Their histories."""
         self.stacks: dict[int, Adapter] = {}
         """Those of them who have a stack."""
         self._texts: dict[tuple[int, int], Counter[str]] = {}
         self._known: dict[tuple[Anchors, int | None, int], Expected] = {}
         self._users_of: dict[tuple[Anchors, int | None], set[int]] = {}
         """Who was or is to be answered by these anchors, and whose stack."""
+
+    def anchors_of(self, items: Sequence[str], told: Anchors) -> Anchors:
+        """Those that a history of these items leads to; `told` where they differ by no more than rounding."""
+        for item in items:
+            if item not in self._vectors:
+                self._vectors[item] = self._encoder.embed_users([[item]])[0]
+        mean = np.mean([self._vectors[item] for item in items], axis=0, keepdims=True)
+        vectors, count = encode(mean, self._bank.center), [len(items)]
+        everywhere = route_users(vectors, self._bank, self._fusion, items=count)[0]
+        computed = tuple(zip(everywhere.slots, everywhere.weights, strict=True))
+        weights, slots = dict(told), {slot for slot, _ in told}
+        if not self.has(told) or not len(slots) == len(told) == len(computed):
+            return computed
+        cosines, others = self._bank.embeddings @ vectors[0], set(range(len(self._bank))) - slots
+        if others and min(cosines[list(slots)]) < max(cosines[list(others)]) - NEAR:
+            return computed
+        route = route_users(vectors, self._bank, self._fusion, without=others, items=count)[0]
+        is_same = all(
+            abs(weights[slot] - weight) < SAME_WEIGHT for slot, weight in zip(route.slots, route.weights, strict=True)
+        )
+        return told if is_same else computed
+
+    def has(self, anchors: Anchors) -> bool:
+        """Whether the bank has all of them."""
+        return all(0 <= slot < len(self._bank) for slot, _ in anchors)
 
     def expected(self, user: int, anchors: Anchors) -> Expected:
         """The answer that this user gets with these anchors, and with their own stack if there is one."""
@@ -157,11 +198,18 @@ def introduce(
     seen: set[str] = set()
     for user in range(users):
         name = f"{prefix}{user}"
-        history = {"items": [f"{tastes[user % len(tastes)]} {user} 0"]}
-        view = http.put(f"/v1/users/{name}/history", json=history).raise_for_status().json()
+        item = f"{tastes[user % len(tastes)]} {user} 0"
+        view = http.put(f"/v1/users/{name}/history", json={"items": [item]}).raise_for_status().json()
         if book is None:
             continue
-        anchors = tuple((anchor["slot"], anchor["weight"]) for anchor in view["anchors"])
+        book.items[user] = item
+        told = tuple((anchor["slot"], anchor["weight"]) for anchor in view["anchors"])
+        anchors = book.anchors_of([item], told)
+        if anchors != told:
+            raise ValueError(
+                f"the history of {name} leads to the anchors {anchors}, the service says {told}; give the bank that "
+                "is in force there, none of its anchors out of service, and its own fusion"
+            )
         generator = torch.Generator().manual_seed(seed * 1_000_003 + user)
         for attempt in range(ATTEMPTS):
             if user >= len(tastes) or attempt:
@@ -189,9 +237,10 @@ def put_stack(http: httpx.Client, name: str, own: Adapter) -> None:
 def judge(rows: Sequence[Row], book: AnswerBook | None) -> list[str]:
     """Of each row: ok, wrong, wrong_user (what another user must be told), 503, failed, or unchecked.
 
-    What is not a question is ok by its status. A question that met a change of its user may have been answered by the
-    user as before or as after.
+    A history is wrong where it was told to lead to other anchors than it does; what else is not a question is ok by its
+    status. A question that met a change of its user may have been answered by the user as before or as after.
     """
+    rows, misled = (rows, set()) if book is None else _rightly_routed(rows, book)
     if book is not None:
         for user, anchors in book.marked.items():
             book.expected(user, anchors)
@@ -201,9 +250,12 @@ def judge(rows: Sequence[Row], book: AnswerBook | None) -> list[str]:
             changes.setdefault(row.user, []).append(row)
     verdicts = [_verdict(row, changes.get(row.user, []), book) for row in rows]
 
+    for place in misled:
+        verdicts[place] = "wrong"
+
     # only now does the book know what everybody else must be told
     for place, row in enumerate(rows):
-        if book is None or verdicts[place] != "wrong":
+        if book is None or verdicts[place] != "wrong" or row.kind != "ask":
             continue
         if book.is_anothers(row.text.strip(), row.most_tokens, row.user):
             verdicts[place] = "wrong_user"
@@ -219,6 +271,44 @@ def telling(rows: Sequence[Row], verdicts: Sequence[str], book: AnswerBook) -> f
         if row.kind == "ask" and verdict == "ok" and row.user in book.marked and row.user not in changed
     ]
     return sum(told) / len(told) if told else None
+
+
+def _rightly_routed(rows: Sequence[Row], book: AnswerBook) -> tuple[list[Row], set[int]]:
+    """The rows, each history with the anchors that it leads to, and the places of those that were told others."""
+    changes: dict[int, list[Row]] = {}
+    for row in rows:
+        if row.kind in ("history", "delete"):
+            changes.setdefault(row.user, []).append(row)
+    found, misled = list(rows), set()
+    for place, row in enumerate(rows):
+        if row.kind != "history" or not _is_done(row) or row.anchors is None:
+            continue
+        items, told = _items(row, changes[row.user], book), tuple(row.anchors)
+        if items:
+            anchors: Anchors | None = book.anchors_of(items, told)
+        else:
+            anchors = told if book.has(told) else None
+        if anchors != told:
+            misled.add(place)
+            found[place] = replace(row, anchors=None if anchors is None else list(anchors))
+    return found, misled
+
+
+def _items(row: Row, changes: Sequence[Row], book: AnswerBook) -> list[str] | None:
+    """The user's history when that one was stored; none where it cannot be known."""
+    items = [book.items[row.user]] if row.user in book.items else []
+    ended_s = 0.0
+    for change in sorted(changes, key=lambda change: change.sent_s):
+        if change.sent_s >= row.ended_s:
+            break
+        # one beside another, or sent twice, or lost: who knows what is stored, and in which order
+        if change.sent_s < ended_s or change.retried or not _is_done(change):
+            return None
+        if change.kind == "history" and not change.item:
+            return None
+        ended_s = change.ended_s
+        items = [*items, change.item] if change.kind == "history" else []
+    return items
 
 
 def _verdict(row: Row, changes: Sequence[Row], book: AnswerBook | None) -> str:

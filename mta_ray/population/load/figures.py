@@ -122,6 +122,8 @@ def _figures(rows: pd.DataFrame, everything: pd.DataFrame, from_s: float, to_s: 
     gaps = asks.gaps_ms.explode().dropna().astype(float)
     return {
         "requests": len(rows),
+        "questions": int((rows.kind == "ask").sum()),
+        "answered": len(asks),
         "offered_per_s": float(everything.at_s.between(from_s, to_s, inclusive="left").sum() / seconds),
         "answered_per_s": float((is_over & is_answered).sum() / seconds),
         "tokens_per_s": float(everything.tokens[is_over & is_answered].sum() / seconds),

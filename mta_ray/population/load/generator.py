@@ -9,6 +9,7 @@ The first line of the output says when time 0 is, the last one what locust itsel
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -28,7 +29,11 @@ SOCKETS = 4096
 HEAD_START_S = 1.0
 """From the first line to time 0."""
 BUSY_AFTER_S = 1.0
-"""Before a stream that broke off with 503 is asked for again: it has no header to say when."""
+"""Before the second try where a refusal does not say when: a stream that broke off with 503 has no header to say it."""
+
+
+NO_ANSWER = (*FAILURE_EXCEPTIONS, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+"""What comes of a lost answer, or of one that is not as it should be: the request failed, and the run goes on."""
 
 
 class Generator:
@@ -94,6 +99,8 @@ class Generator:
     def _send(self, planned: Planned, row: Row) -> None:
         """The request, and once more after a 503, when the service says."""
         method, path, body = self._request(planned, row.user)
+        if body is not None and planned.kind == "history":
+            row.item = body["items"][0]
         row.sent_s = self._now_s()
         for is_second in (False, True):
             row.retried = is_second
@@ -133,23 +140,36 @@ class Generator:
     def _try(self, method: str, path: str, body: Mapping[str, Any] | None, row: Row) -> float:
         """One try; seconds to wait before the next. What came of it stands in `row`."""
         row.status, row.error, row.text, row.gaps_ms, row.ttft_ms = 0, "", "", [], None
-        asked = self._http.request(method, path, name=row.kind, json=body, stream=row.is_stream, catch_response=True)
-        wait_s = 0.0
+        most_s = self._settings.timeout_s
+        wait_s = min(BUSY_AFTER_S, most_s)
+        # of the whole try: a stream that is kept alive and says nothing would be read for ever
+        deadline = gevent.Timeout.start_new(most_s, TimeoutError)
+        try:
+            asked = self._http.request(
+                method, path, name=row.kind, json=body, stream=row.is_stream, catch_response=True
+            )
+        except NO_ANSWER as error:  # such as an error's page in no known encoding, which locust reads at once
+            deadline.close()
+            row.error = type(error).__name__
+            return wait_s
         with asked as answer:
             row.status = answer.status_code or 0
             try:
                 if row.status == 503:
-                    wait_s = float(answer.headers.get("retry-after", BUSY_AFTER_S))
+                    wait_s = _wait_s(answer.headers.get("retry-after"), most_s)
                     row.error = "busy"
                 elif not 200 <= row.status < 300:
                     row.error = f"status {row.status}" if row.status else type(answer.error).__name__
                 elif row.is_stream:
                     self._read_stream(answer, row)
-                    wait_s = BUSY_AFTER_S
+                elif answer.request_meta["exception"] is not None:  # cut off in its text
+                    raise answer.request_meta["exception"]
                 else:
                     _read_whole(json.loads(answer.content), row)
-            except (*FAILURE_EXCEPTIONS, ValueError, KeyError, TypeError) as error:
+            except NO_ANSWER as error:
                 row.status, row.error = 0, type(error).__name__
+            finally:
+                deadline.close()
             if row.is_stream and answer._response is not None:
                 answer._response.release()  # a stream that broke off keeps its socket
             if row.error:
@@ -169,15 +189,16 @@ class Generator:
                 row.error = "busy" if row.status else "broken stream"
                 return
             if event.get("usage"):
-                row.prompt_tokens, row.tokens = event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"]
+                _read_usage(event["usage"], row)
             for choice in event["choices"]:
+                text = _text(choice["text"])
                 now_s = self._now_s()
                 if last_s is None:
                     row.ttft_ms = (now_s - row.sent_s) * 1e3
                 else:
                     row.gaps_ms.append(round((now_s - last_s) * 1e3, 3))
                 last_s = now_s
-                row.text += choice["text"]
+                row.text += text
         row.status, row.error = 0, "stream without an end"
 
     def _now_s(self) -> float:
@@ -200,10 +221,43 @@ def _events(answer: ResponseContextManager) -> Iterator[dict[str, Any] | None]:
 
 def _read_whole(answer: dict[str, Any], row: Row) -> None:
     if row.kind == "ask":
-        row.text = answer["choices"][0]["text"]
-        row.prompt_tokens, row.tokens = answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]
+        row.text = _text(answer["choices"][0]["text"])
+        _read_usage(answer["usage"], row)
     elif row.kind == "history":
-        row.anchors = [(anchor["slot"], anchor["weight"]) for anchor in answer["anchors"]]
+        row.anchors = [_anchor(anchor["slot"], anchor["weight"]) for anchor in answer["anchors"]]
+
+
+def _read_usage(usage: dict[str, Any], row: Row) -> None:
+    row.prompt_tokens, row.tokens = (_count(usage[name]) for name in ("prompt_tokens", "completion_tokens"))
+
+
+def _text(said: Any) -> str:
+    if not isinstance(said, str):
+        raise TypeError("no text")
+    return said
+
+
+def _count(said: Any) -> int:
+    if type(said) is not int:
+        raise TypeError("no number")
+    if not 0 <= said < 2**31:  # as requests.parquet keeps it
+        raise ValueError("no number of tokens")
+    return said
+
+
+def _anchor(slot: Any, weight: Any) -> tuple[int, float]:
+    if not math.isfinite(weight):
+        raise ValueError("no weight")
+    return _count(slot), float(weight)
+
+
+def _wait_s(said: Any, most_s: float) -> float:
+    """Seconds that a refusal asks for, from 0 to so many; BUSY_AFTER_S where it does not say, or says no number."""
+    try:
+        asked_s = float(said)
+    except (TypeError, ValueError):
+        asked_s = math.nan
+    return min(max(BUSY_AFTER_S if math.isnan(asked_s) else asked_s, 0.0), most_s)
 
 
 def _tell(line: Mapping[str, Any]) -> None:

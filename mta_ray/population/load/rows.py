@@ -26,7 +26,7 @@ class RunSettings:
     prompts: tuple[str, ...]
     """User n always asks the n-th of them, in turn."""
     timeout_s: float
-    """That an answer may leave the line silent."""
+    """That an answer may take, from the beginning of a try to its end."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,6 +60,8 @@ class Row:
     prompt_tokens: int = 0
     tokens: int = 0
     text: str = ""
+    item: str = ""
+    """That was sent, to go to the end of the history."""
     anchors: list[tuple[int, float]] | None = None
     """Slot and weight, where the answer was a user's state."""
 

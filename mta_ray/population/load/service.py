@@ -20,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 
 from mta_ray.benchmarks.marked_users import make_bank, make_base, tiny_llama
 from mta_ray.cluster import ClusterConfig, connect
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.model.backbone import EMBEDDED
 from mta_ray.model.settings import EngineConfig
 from mta_ray.serving.args import AutoscaleConfig, ServingArgs
@@ -70,6 +71,7 @@ class OwnService:
     url: str
     base: str
     bank: str
+    fusion: FusionConfig
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def own_service(config: OwnServiceConfig, cluster: ClusterConfig, folder: Path) 
     with serving_environment(), connect(cluster):
         try:
             start(args, "127.0.0.1", port)
-            yield OwnService(url=f"http://127.0.0.1:{port}", base=args.base, bank=args.bank)
+            yield OwnService(url=f"http://127.0.0.1:{port}", base=args.base, bank=args.bank, fusion=args.fusion)
         finally:
             serve.shutdown()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import os
 import secrets
 import subprocess
@@ -26,6 +27,7 @@ from mta_ray.benchmarks.marked_users import TASTES
 from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.evaluation.sections import write_sections
 from mta_ray.lora.bank import load_bank
+from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.personalize.base_model import open_base
 from mta_ray.population.load.answers import AnswerBook, introduce, judge, telling
 from mta_ray.population.load.figures import samples_table, summarise, to_table
@@ -33,6 +35,7 @@ from mta_ray.population.load.report import sections
 from mta_ray.population.load.rows import Row, RunSettings, row_from
 from mta_ray.population.load.service import OwnServiceConfig, Sample, Sampler, metrics_pages, own_service
 from mta_ray.population.load.traffic import TrafficConfig, expected_sessions
+from mta_ray.serving.args import ServingArgs
 
 log = logging.getLogger(__name__)
 KIND = "load"
@@ -41,6 +44,7 @@ PROMPTS = (
     "description: two old sweethearts meet again at sea, against all odds, and read the letters they never sent tag:",
     "description: a heist in paris goes wrong tag:",
 )
+FACTS = ("requests", "failed", "wrong", "wrong_user", "refused_twice", "questions", "answered")
 TITLE = "Simulated load on a live endpoint"
 
 
@@ -62,6 +66,8 @@ class SimulateLoadConfig:
     """The bank that `url` serves."""
     stack_rank: int = 1
     """Rank of users' stacks at `url`."""
+    fusion: FusionConfig = field(default_factory=lambda: ServingArgs().fusion)
+    """How `url` weighs anchors; by this and the bank it is known which ones a history leads to."""
     model_name: str = "mta"
     """What `url` calls its model."""
     marked: int = 96
@@ -69,7 +75,7 @@ class SimulateLoadConfig:
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     """Who asks for what, and when."""
     timeout_s: float = 120.0
-    """A request that hears nothing for so long has failed."""
+    """A request without its whole answer after so long has failed; a second try after a refusal begins anew."""
     metrics_url: str | None = None
     """A page with the service's Prometheus figures; none: those of the cluster's nodes, where one is connected."""
     out: str = "runs/load"
@@ -92,9 +98,9 @@ class SimulateLoadConfig:
             raise ValueError("base and bank go together, and with --url; --serve has its own")
         if not 1 <= self.marked <= self.traffic.users:
             raise ValueError(f"marked is {self.marked}, wanted 1 to traffic.users, {self.traffic.users}")
-        if self.timeout_s <= 0 or self.stack_rank < 1:
+        if not 0 < self.timeout_s < math.inf or self.stack_rank < 1:
             raise ValueError(
-                f"timeout_s must be above 0, stack_rank at least 1; got {self.timeout_s}, {self.stack_rank}"
+                f"timeout_s must be above 0 and finite, stack_rank at least 1; got {self.timeout_s}, {self.stack_rank}"
             )
 
 
@@ -143,7 +149,7 @@ def simulate_load(config: SimulateLoadConfig) -> str:
         report["telling"] = None if run.book is None else telling(run.rows, verdicts, run.book)
         write_sections(draft.path, TITLE, sections(report), report)
         told = report["all"]
-        draft.facts.update({key: told[key] for key in ("requests", "failed", "wrong", "wrong_user", "refused_twice")})
+        draft.facts.update({key: told[key] for key in FACTS})
     log.info(
         "load: %d requests, %d failed, %d wrong (%d another user's), %d refused twice; %s",
         told["requests"], told["failed"], told["wrong"] + told["wrong_user"], told["wrong_user"],
@@ -153,11 +159,17 @@ def simulate_load(config: SimulateLoadConfig) -> str:
 
 
 def _if_right(out: str, told: Mapping[str, Any]) -> str:
-    """`out`; a run in which somebody was told something wrong is a failure, however often it is asked for."""
+    """`out`; a run in which somebody was told something wrong, or nobody anything, fails, however often asked for."""
     if told["wrong"] or told["wrong_user"]:
         raise ValueError(
             f"{told['wrong'] + told['wrong_user']} of {told['requests']} requests were answered wrongly, "
             f"{told['wrong_user']} of them as another user; {out} has the report and every request"
+        )
+    if not told["answered"]:
+        raise ValueError(
+            f"none of {told['questions']} questions was answered: of {told['requests']} requests {told['failed']} "
+            f"failed and {told['refused_twice']} were refused twice; {out} has the report and every request. See to "
+            "the service, or ask more of it, then run again with --force"
         )
     return out
 
@@ -167,9 +179,10 @@ def run_load(config: SimulateLoadConfig) -> LoadRun:
     with tempfile.TemporaryDirectory(prefix="mta-load-") as name, ExitStack() as open_now:
         # 1. the endpoint
         url, base, bank, rank, key = config.url, config.base, config.bank, config.stack_rank, None
+        fusion = config.fusion
         if config.serve:
             own = open_now.enter_context(own_service(config.service, config.cluster, Path(name)))
-            url, base, bank, rank = own.url, own.base, own.bank, 1
+            url, base, bank, rank, fusion = own.url, own.base, own.bank, 1, own.fusion
         else:
             key = os.environ.get(config.api_key_variable)
             if config.cluster.address is not None:
@@ -182,7 +195,7 @@ def run_load(config: SimulateLoadConfig) -> LoadRun:
         if base is not None and bank is not None:
             opened = open_base(base)
             known = load_bank(bank, base_fingerprint=opened.fingerprint)
-            book = AnswerBook(opened.load(), known, PROMPTS, tokens=config.traffic.most_tokens)
+            book = AnswerBook(opened.load(), known, PROMPTS, tokens=config.traffic.most_tokens, fusion=fusion)
         settings = RunSettings(
             traffic=config.traffic,
             known=config.marked,

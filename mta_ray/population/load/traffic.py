@@ -71,16 +71,16 @@ class TrafficConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         shares = [self.new_share, self.update_share, self.stack_share, self.delete_share]
-        if min(shares) < 0 or sum(shares) > 1:
+        if not (all(share >= 0 for share in shares) and sum(shares) <= 1):
             raise ValueError(f"shares of new, update, stack and delete must be 0 or more and 1 together, got {shares}")
         if not self.warmup <= self.flash_start <= 1 - self.flash_share:
             raise ValueError(
                 f"warmup ({self.warmup}) must end before flash_start ({self.flash_start}), and the flash crowd "
                 f"({self.flash_share}) before the run does"
             )
-        if self.zipf <= 1 or self.questions < 1 or self.users < 1 or self.seed < 0:
+        if not (1 < self.zipf < math.inf and 1 <= self.questions < math.inf) or self.users < 1 or self.seed < 0:
             raise ValueError(
-                "zipf must be above 1, questions and users at least 1, seed at least 0; got "
+                "zipf must be above 1 and questions at least 1, both finite, users at least 1, seed at least 0; got "
                 f"{self.zipf}, {self.questions}, {self.users}, {self.seed}"
             )
         if not 1 <= self.least_tokens <= self.most_tokens:
