@@ -106,12 +106,8 @@ def _dataset(
         here = spent[spent["budget"] == budget]
         budgets[budget] = _methods(rows[rows["budget"] == budget], here, measure, samples, seed)
     whole = budgets.get(ALL, {})
-    curves = dict(budgets)
-    if alike := _with_seeds_of_budgets(rows):
-        here = [name in alike for name in rows["name"]]
-        seeds = [seed in alike.get(name, ()) for name, seed in zip(rows["name"], rows["seed"], strict=True)]
-        fair = rows[np.array(here) & np.array(seeds) & (rows["budget"] == ALL)]
-        curves[ALL] = _methods(fair, spent[spent["budget"] == ALL], measure, samples, seed)
+    alike = _with_seeds_of_budgets(rows)
+    fair = rows[[seed in alike.get(name, ()) for name, seed in zip(rows["name"], rows["seed"], strict=True)]]
     return {
         "task": task.name,
         "lamp_id": task.lamp_id,
@@ -129,8 +125,9 @@ def _dataset(
             for budget, methods in budgets.items()
         },
         "curves": {
-            budget: {method: figures for method, figures in methods.items() if method in alike}
-            for budget, methods in curves.items()
+            budget: _methods(fair[fair["budget"] == budget], spent[spent["budget"] == budget], measure, samples, seed)
+            for budget in budgets
+            if alike
         },
         "ablations": {method: figures for method, figures in whole.items() if is_ablation(method)},
     }

@@ -71,21 +71,12 @@ def terms(
 
     Labels: right or not. Ratings: the absolute error and its square. Texts: both ROUGE F-measures.
     """
-    names = tuple(labels or task.labels)
-    if task.kind == "rating":
-        truths = [_rating_of_gold(task, gold) for gold in golds]
-        said = [_rating(text, truth, names) for text, truth in zip(predictions, truths, strict=True)]
-        errors = np.array(said, np.float64) - np.array(truths, np.float64)
-        return np.stack([np.abs(errors), errors**2], axis=1)
     if task.kind == "text":
         found = [_rouge().score(gold, text) for text, gold in zip(predictions, golds, strict=True)]
         return np.array([[r["rouge1"].fmeasure, r["rougeL"].fmeasure] for r in found], np.float64).reshape(-1, 2)
-    numbers = _numbers(names)
-    right = [
-        numbers.get(normalise_label(text), _UNKNOWN) == _class_of_gold(task, gold, numbers)
-        for text, gold in zip(predictions, golds, strict=True)
-    ]
-    return np.array(right, np.float64)[:, None]
+    pairs = zip(predictions, golds, strict=True)
+    scores = np.array([query_score(task, text, gold, labels) for text, gold in pairs], np.float64)
+    return np.stack([-scores, scores**2], axis=1) if task.kind == "rating" else scores[:, None]
 
 
 def score_of_terms(

@@ -207,16 +207,20 @@ def test_every_rival_answers_as_a_model_with_its_adapter_merged_into_the_weights
     assert flat["as_released"] not in (flat["mta"], flat["mta_fusion"], flat["non_personalised"])
 
 
-@pytest.mark.parametrize(("method", "shelves"), [("mta", ["stack"]), ("as_released", ["merged", "stack"])])
-def test_answers_are_by_what_is_left_of_an_adapter_in_the_bytes_that_are_counted(config, method, shelves) -> None:
+def _cell(config: BenchmarkConfig, method: str) -> Cell:
+    """Of the method with the whole history, as the benchmark has made it."""
     home = Path(config.out, "materials", "simulated_movie_tagging")
-    answerer = Answerer(config.workers)
-    cell = Cell(
+    return Cell(
         dataset="simulated_movie_tagging", recipe=recipes(config.settings)[method], rag=False, budget="all", seed=3,
         whole=True, tested=f"{home}/tested", base=f"{home}/base", bank=f"{home}/bank-seed-3", users_per_pack=16,
         inputs=(),
     )  # fmt: skip
-    said = {query: answer for _, query, _, answer in answerer.run(cell).rows}
+
+
+@pytest.mark.parametrize(("method", "shelves"), [("mta", ["stack"]), ("as_released", ["merged", "stack"])])
+def test_answers_are_by_what_is_left_of_an_adapter_in_the_bytes_that_are_counted(config, method, shelves) -> None:
+    answerer = Answerer(config.workers)
+    said = {query: answer for _, query, _, answer in answerer.run(_cell(config, method)).rows}
     results = pd.read_parquet(Path(config.out, "results.parquet"))
     results = results[(results["budget"] == "all") & (results["method"] == method) & ~results["rag"]]
     assert said == dict(zip(results["query_id"], results["prediction"], strict=True))
@@ -231,13 +235,7 @@ def test_answers_are_by_what_is_left_of_an_adapter_in_the_bytes_that_are_counted
 )
 def test_nobody_learns_from_the_answers_that_are_asked_for(config, method) -> None:
     """Routes and adapters are the same whatever the gold answers are."""
-    home = Path(config.out, "materials", "simulated_movie_tagging")
-    cell = Cell(
-        dataset="simulated_movie_tagging", recipe=recipes(config.settings)[method], rag=False, budget="all", seed=3,
-        whole=True, tested=f"{home}/tested", base=f"{home}/base", bank=f"{home}/bank-seed-3", users_per_pack=16,
-        inputs=(),
-    )  # fmt: skip
-    found = []
+    cell, found = _cell(config, method), []
     answerer = Answerer(config.workers)
     answerer._load(cell)
     asked = answerer.asker.answers
