@@ -56,6 +56,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+class _TellsAtOnce:
+    """What failed, when it does: a run that is ended from outside never comes to its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report: TestReport) -> None:
+        terminal = self._plugins.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            why = getattr(getattr(report.longrepr, "reprcrash", None), "message", str(report.longrepr)[-200:])
+            first = next(iter(why.splitlines()), "")[:200]
+            terminal.write_line(f"\n{report.when} of {report.nodeid}, {report.duration:.0f} s: {first}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(_TellsAtOnce(config))
+
+
 @pytest.fixture(autouse=True)
 def _our_log() -> None:
     """Our loggers speak, whatever libraries and other tests have made of them and of the root."""
@@ -71,7 +90,7 @@ def _our_log() -> None:
 def _gives_back_its_cpus() -> Iterator[None]:
     """A file whose actors stay would let the next one wait for its own for ever."""
     yield
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 90
     while (taken := _taken()) and time.monotonic() < deadline_s:
         time.sleep(0.2)
     assert not taken, taken

@@ -6,7 +6,7 @@ import time
 
 import ray
 
-FREE_S = 20.0
+FREE_S = 90.0
 """Nothing is set apart for anybody for much longer than it lives."""
 
 

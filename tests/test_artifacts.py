@@ -310,7 +310,7 @@ with publish(sys.argv[1], kind="bank", settings={}, inputs={}) as draft:
 
 
 def killed(out: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(out)], cwd=ROOT, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(out)], cwd=ROOT, timeout=600, check=False)
     assert done.returncode == -signal.SIGKILL
 
 

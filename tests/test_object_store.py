@@ -98,12 +98,12 @@ def test_damage_in_the_store_is_seen_though_a_good_copy_is_in_the_cache(s3):
 def test_a_killed_upload_leaves_nothing_that_can_be_read_and_the_next_one_completes(s3, s3_server):
     with subprocess.Popen([sys.executable, "-c", PUBLISH, f"{s3}/bank"], cwd=ROOT) as process:
         s3_server.watch(lambda n: os.kill(process.pid, signal.SIGKILL) if n == 2 else None)
-        assert process.wait(timeout=60) == -signal.SIGKILL
+        assert process.wait(timeout=600) == -signal.SIGKILL
     s3_server.watch(None)
     assert fsspec.filesystem("s3").find(s3)  # something of it is there
     with pytest.raises(ArtifactError, match="unfinished"):
         open_artifact(f"{s3}/bank", kind="bank")
-    subprocess.run([sys.executable, "-c", PUBLISH, f"{s3}/bank"], cwd=ROOT, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", PUBLISH, f"{s3}/bank"], cwd=ROOT, timeout=600, check=True)
     assert open_artifact(f"{s3}/bank", kind="bank").facts == {"anchors": 3}
 
 

@@ -137,7 +137,7 @@ def test_a_killed_import_leaves_no_version_and_the_next_one_completes(home, s3, 
     command = [sys.executable, "-m", "mta_ray.cli", "bank", "import", "--bank", str(home / "one"), "--store", s3]
     with subprocess.Popen(command, cwd=ROOT) as process:
         s3_server.watch(lambda n: os.kill(process.pid, signal.SIGKILL) if n == 3 else None)
-        assert process.wait(timeout=120) == -signal.SIGKILL
+        assert process.wait(timeout=600) == -signal.SIGKILL
     s3_server.watch(None)
     assert open_store(s3).names() and json.loads(run(capsys, "list", "--store", s3, "--json")) == []
     run(capsys, "import", "--bank", home / "one", "--store", s3)

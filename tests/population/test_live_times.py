@@ -82,13 +82,19 @@ def test_what_a_client_alone_waits_for_besides_is_found_again() -> None:
 
 
 def test_work_that_takes_longer_beside_other_work_is_found_again() -> None:
-    """Clients at once, of whom a service was measured whose every part takes a fifth longer than its CPU times say."""
-    pod = PodConfig(replicas=1, cores=2)
+    """Clients at once, of whom a service was measured whose work takes longer than its CPU times say."""
+    pod, wanted = PodConfig(replicas=1, cores=2), ((2.0, 0.9), (4.0, 1.1), (8.0, 1.3))
     measured = []
-    for tokens in (4, 16):
-        run = {"clients": 8, "tokens": float(tokens), "prompt_tokens": float(PROMPT), "others_cpus": 0.0}
-        measured.append(run | {"total_ms_p50": live_times._at_once(KNOWN.scaled(1.2), pod, run, "total_ms")})
-    assert live_times._slower(KNOWN, pod, measured) == pytest.approx(1.2, abs=0.03)
+    for clients, _ in wanted:
+        runs = []
+        for tokens in (4, 16):
+            run = {"clients": int(clients), "tokens": float(tokens), "prompt_tokens": float(PROMPT), "others_cpus": 0.0}
+            took_ms = live_times._at_once(replace(KNOWN, longer=wanted), pod, run, "total_ms")
+            runs.append(run | {"total_ms_p50": took_ms})
+        measured.append(runs)
+    found = live_times._with_longer(KNOWN, pod, measured).longer
+    assert [clients for clients, _ in found] == [2, 4, 8]
+    assert [factor for _, factor in found] == pytest.approx([0.9, 1.1, 1.3], abs=0.04)
 
 
 def test_others_are_what_neither_the_service_nor_its_client_took() -> None:

@@ -192,6 +192,16 @@ def test_clients_who_ask_again_wait_for_each_other() -> None:
     assert run.outcomes[-1].arrival.at_s == pytest.approx(0.35)
 
 
+@pytest.mark.parametrize(("clients", "longer"), [(1, 1.0), (2, 1.5), (3, 1.75), (4, 2.0), (8, 2.0)])
+def test_work_takes_longer_the_more_requests_are_under_way(clients: int, longer: float) -> None:
+    times = replace(TIMES, longer=((2.0, 1.5), (4.0, 2.0)))
+    asked = [Arrival(0.0, n, 1, 1) for n in range(100)]
+    ended = simulate_pod(asked[:clients], ONE_BY_ONE, times, then=asked[clients:]).outcomes
+    ends_ms = sorted(o.arrival.at_s * 1e3 + o.total_ms for o in ended)
+    middle = np.diff(ends_ms[clients : len(asked) - clients])  # one row: as many steps as answers
+    assert middle == pytest.approx(STEP_MS * longer)
+
+
 def test_work_in_turns_waits_for_a_cpu_each_time() -> None:
     """One CPU, and a foreign program that takes it for 3 ms whenever it can."""
     pod = replace(ONE_BY_ONE, cores=1, others=0.99)

@@ -53,7 +53,8 @@ def test_too_few_or_impossible_samples_are_refused() -> None:
 
 
 def test_a_file_gives_the_same_times_back(tmp_path: Path) -> None:
-    times = ServiceTimes(step=TRUE, ingress=ProcessTime(request_ms=2.0, token_ms=0.25), away_ms=1.0, source="here")
+    ingress = ProcessTime(request_ms=2.0, token_ms=0.25)
+    times = ServiceTimes(step=TRUE, ingress=ingress, away_ms=1.0, longer=((2.0, 1.1), (8.0, 1.4)), source="here")
     write_times(tmp_path / "times.json", times, {"note": "not read"})
     assert read_times(tmp_path / "times.json") == times
 
@@ -66,6 +67,10 @@ def test_a_file_gives_the_same_times_back(tmp_path: Path) -> None:
         ('{"step": {}}', "holds no service times"),
         (json.dumps({"times": {"step": {"fixed": 1.0}}}), "fixed"),
         (json.dumps({"times": {"away_ms": -1.0}}), "away_ms"),
+        (json.dumps({"times": {"longer": [[4, 1.1], [2, 1.2]]}}), "longer"),
+        (json.dumps({"times": {"longer": [[1, 1.1]]}}), "longer"),
+        (json.dumps({"times": {"longer": [[2, 0.0]]}}), "longer"),
+        (json.dumps({"times": {"longer": [2, 1.1]}}), "longer"),
         (json.dumps({"times": {}}), "lacks step.fixed_ms, step.row_ms, step.prompt_ms, step.prompt_token_ms, source"),
         (json.dumps({"times": {"step": {"fixed_ms": 3.0}, "source": "here"}}), "lacks step.row_ms"),
         (json.dumps({"times": {"step": asdict(TRUE)}}), "lacks source"),

@@ -61,7 +61,7 @@ def postgresql_server() -> Iterator[sa.URL]:
         become = ["setpriv", f"--reuid={owner}", "--clear-groups", "--pdeathsig=KILL"]
     data = str(folder / "data")
     initdb = [f"{programs}/initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
-    done = subprocess.run([*become, *initdb], capture_output=True, text=True, timeout=120, cwd="/")
+    done = subprocess.run([*become, *initdb], capture_output=True, text=True, timeout=600, cwd="/")
     assert done.returncode == 0, done.stderr
 
     settings = ["-h", "", "-k", str(folder), "-c", "fsync=off", "-c", "shared_buffers=32MB", "-c", "max_connections=60"]
@@ -74,7 +74,7 @@ def postgresql_server() -> Iterator[sa.URL]:
     finally:
         server.terminate()
         try:
-            server.wait(timeout=10)
+            server.wait(timeout=60)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()

@@ -84,7 +84,7 @@ with open_database(DatabaseConfig(url=sys.argv[1], busy_timeout_s=60.0)).reading
         print(file=process.stdin, flush=True)
     for process in processes:
         assert process.stdout.read() == f"{len(MIGRATIONS)}\n", process.stderr.read()
-        assert process.wait(timeout=180) == 0
+        assert process.wait(timeout=600) == 0
 
 
 def test_sqlite_is_opened_for_many_processes_and_for_keeps(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from mta_ray.serving.user_state import ANY_BANK
 from mta_ray.serving.user_store import UserStore
 
 PROMPT = "description: a lonely robot finds a friend tag:"
-WAIT_S = 240.0
+WAIT_S = 600.0
 
 
 def test_replicas_share_their_users_through_postgresql(ray_local: None, postgresql_url: str, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_claimers_in_threads_and_processes_never_get_the_same_job(
         thread.join()
     for process in processes:
         theirs = [name for line in process.stdout for name in json.loads(line)]
-        assert process.wait(timeout=180) == 0, process.stderr.read()
+        assert process.wait(timeout=600) == 0, process.stderr.read()
         took += theirs
     # PostgreSQL passes over rows that another claimer looks at: what is left over is there for the next call
     took += [job.user.id for job in queue.claim(150)]

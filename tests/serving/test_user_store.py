@@ -547,7 +547,7 @@ for n in range(10):
     for thread in threads:
         thread.join()
     for process in processes:
-        assert process.wait(timeout=180) == 0, process.stderr.read()
+        assert process.wait(timeout=600) == 0, process.stderr.read()
 
     history = store.read_history(ANA)
     assert sorted(item.id for item in history) == sorted(f"i{s + n}" for s in range(100, 501, 100) for n in range(10))
@@ -610,7 +610,7 @@ def test_routing_and_deleting_at_once_neither_blocks_nor_leaves_a_trace(store: U
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=300)
     assert errors == []
     assert not any(thread.is_alive() for thread in threads)
     assert Banks(database).get("b1").retired_slots == {0, 1, 2, 3, 4}

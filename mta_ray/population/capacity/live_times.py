@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ OTHERS_MAX = 0.8
 KINDS = ("python", "native", "engine")
 TURNS = (1, 2, 4, 8)
 """What `turns` may be."""
-SLOWER = (0.75, 1.5)
+LONGER = (0.6, 2.5)
 """Within what work may be longer than CPU times say, or shorter."""
-BISECTIONS = 8
+BISECTIONS = 7
 ROUND = 8
 """For every so many clients at once, as many requests again."""
 APART_S = 5.0
@@ -60,15 +61,15 @@ class CalibrationConfig:
     """Lengths of answers: what grows with them is a token's, the rest a request's."""
     requests: int = 60
     """Of each length."""
-    clients: tuple[int, int] = (12, 32)
-    """Who ask at once, each again when it is answered: some, of whom it is seen how long requests wait for each other,
-    and as many as keep every row busy, of whom it is seen what a request costs."""
+    clients: tuple[int, ...] = (2, 4, 8, 16, 32)
+    """Who ask at once, each again when it is answered: of each number it is seen how much longer work takes beside so
+    much other work, and of the last, as many as keep every row busy, what a request costs."""
 
     def __post_init__(self) -> None:
         if len(set(self.answer_tokens)) < 2 or min(self.answer_tokens) < 1 or self.requests < 5:
             raise ValueError("wanted at least two different answer_tokens, and 5 requests")
-        if not 1 < self.clients[0] <= self.clients[1]:
-            raise ValueError(f"clients is {self.clients}, wanted at least 2, and then no fewer")
+        if not self.clients or not all(a < b for a, b in pairwise((1, *self.clients))):
+            raise ValueError(f"clients is {self.clients}, wanted at least one number, ascending from 2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,7 @@ def calibrate(
     # 1. CPU times at each length of answer, of one client alone, and of a few at once
     meter = Meter()
     requests = [{"body": {**body, "user": users[n % len(users)]}} for n in range(config.requests)]
-    ask(url, _of_length(requests, max(config.answer_tokens)), clients=config.clients[0])
+    ask(url, _of_length(requests, max(config.answer_tokens)), clients=config.clients[-1])
     idle = meter.idle()
     runs: dict[int, list[dict[str, Any]]] = {clients: [] for clients in (1, *config.clients)}
     for clients, each in runs.items():
@@ -198,7 +199,7 @@ def calibrate(
             with meter.watch() as seen:
                 told = ask(url, _of_length(requests * (1 + clients // ROUND), tokens), clients=clients)
             each.append(_run_of(told, seen, idle, step) | {"clients": clients})
-    alone, some, crowd = runs[1], runs[config.clients[0]], runs[config.clients[1]]
+    alone, some, crowd = runs[1], [runs[clients] for clients in config.clients], runs[config.clients[-1]]
 
     # 2. what is a request's, and what a token's
     scale = float(np.mean([run["engine_over_step"] for run in crowd]))
@@ -209,7 +210,7 @@ def calibrate(
         replica=_process_time(alone, crowd, "replica"),
         client=_process_time(alone, crowd, "client"),
         stack_load_ms=stack_load_ms,
-        source=f"one client alone, and {config.clients[0]} and {config.clients[1]} at once",
+        source=f"one client alone, and {' and '.join(map(str, config.clients))} at once",
     )
 
     # 3. what one client alone waits for besides: between tokens, and before the first one
@@ -217,21 +218,20 @@ def calibrate(
     others = float(np.mean([run["others_cpus"] for run in alone]))
     pod = replace(pod, others=min(others, OTHERS_MAX * (pod.cores or 1)))
     tried = [_with_rest(replace(times, turns=turns), pod, alone) for turns in TURNS]
-    times = min(tried, key=lambda one: _late(one, pod, some))
 
     # 4. how much longer work takes than CPU times say while several are at it
-    slower = _slower(times, pod, some)
-    times = times.scaled(slower)
+    tried = [_with_longer(one, pod, some) for one in tried]
+    times = min(tried, key=lambda one: _late(one, pod, some))
     for run, (ttft_ms, total_ms) in zip(alone, _alone(times, pod, alone), strict=True):
         run |= {"simulated_ttft_ms": ttft_ms, "simulated_total_ms": total_ms}
     prompt_tokens = round(float(np.mean([run["prompt_tokens"] for run in alone])))
-    for run in some:
-        run["simulated_ttft_ms"] = _first_token_ms(times, pod, run)
+    at_once = [run for runs in some for run in runs]
+    for run in at_once:
+        run |= {f"simulated_{clock}": _at_once(times, pod, run, clock) for clock in ("ttft_ms", "total_ms")}
     return times, {
         "one_at_a_time": alone,
-        "at_once": [*some, *crowd],
+        "at_once": at_once,
         "engine_over_step": scale,
-        "slower": slower,
         "prompt_tokens": prompt_tokens,
     }
 
@@ -314,31 +314,29 @@ def _with_rest(times: ServiceTimes, pod: PodConfig, measured: Sequence[Mapping[s
     return replace(times, after_share=high)
 
 
-def _late(times: ServiceTimes, pod: PodConfig, measured: Sequence[Mapping[str, Any]]) -> float:
+def _late(times: ServiceTimes, pod: PodConfig, measured: Sequence[Sequence[Mapping[str, Any]]]) -> float:
     """How far the simulated first tokens of clients who ask at once are from the measured ones."""
-    return sum(abs(math.log(_first_token_ms(times, pod, run) / run["ttft_ms_p50"])) for run in measured)
+    return sum(
+        abs(math.log(_at_once(times, pod, run, "ttft_ms") / run["ttft_ms_p50"])) for runs in measured for run in runs
+    )
 
 
-def _slower(times: ServiceTimes, pod: PodConfig, measured: Sequence[Mapping[str, Any]]) -> float:
-    """So much longer all work has to be for whole answers to clients who ask at once to take what was measured.
+def _with_longer(times: ServiceTimes, pod: PodConfig, measured: Sequence[Sequence[Mapping[str, Any]]]) -> ServiceTimes:
+    """`longer`, so that whole answers take what was measured of each number of clients at once, fewest first.
 
     Threads that share caches and cores get in each other's way; near saturation a tenth of that doubles the waiting.
     """
-
-    def missing(factor: float) -> float:
-        longer = times.scaled(factor)
-        return sum(math.log(run["total_ms_p50"] / _at_once(longer, pod, run, "total_ms")) for run in measured)
-
-    low, high = SLOWER
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if missing(middle) > 0 else (low, middle)
-    return (low + high) / 2
-
-
-def _first_token_ms(times: ServiceTimes, pod: PodConfig, run: Mapping[str, Any]) -> float:
-    """The median to the first token, as `_at_once`."""
-    return _at_once(times, pod, run, "ttft_ms")
+    known: tuple[tuple[float, float], ...] = ()
+    for runs in measured:
+        clients = float(runs[0]["clients"])
+        low, high = LONGER
+        for _ in range(BISECTIONS):
+            middle = math.sqrt(low * high)
+            tried = replace(times, longer=(*known, (clients, middle)))
+            late = sum(math.log(run["total_ms_p50"] / _at_once(tried, pod, run, "total_ms")) for run in runs)
+            low, high = (middle, high) if late > 0 else (low, middle)
+        known = (*known, (clients, math.sqrt(low * high)))
+    return replace(times, longer=known)
 
 
 def _at_once(times: ServiceTimes, pod: PodConfig, run: Mapping[str, Any], clock: str) -> float:

@@ -172,7 +172,7 @@ class _Thread:
     """Jobs one after the other, oldest first."""
 
     def __init__(self, pod: _Pod, wake_ms: float, interpreter: simpy.PriorityResource | None = None) -> None:
-        self.env, self.cpus, self.interpreter, self.wake_ms = pod.env, pod.cpus, interpreter, wake_ms
+        self.pod, self.env, self.cpus, self.interpreter, self.wake_ms = pod, pod.env, pod.cpus, interpreter, wake_ms
         self.jobs: deque[tuple[float, Callable[..., None], tuple]] = deque()
         self.busy_ms = 0.0
         self._wake: simpy.Event | None = None
@@ -197,6 +197,7 @@ class _Thread:
                 continue
             ms, then, args = self.jobs[0]
             if ms > 0:
+                ms *= self.pod.longer
                 yield from busy(self.env, ms, self.cpus, self.interpreter, 0)
                 self.busy_ms += ms
             self.jobs.popleft()
@@ -314,6 +315,7 @@ class _Replica:
             self.load_ms = 0.0
 
             # 2. forward
+            ms *= pod.longer
             yield from self._forward(ms, step.python_share)
             if pod.times.pause_ms > 0:
                 yield pod.env.timeout(pod.times.pause_ms)
@@ -366,9 +368,11 @@ class _Pod:
         self.client, self.proxy, self.ingress = (_Hop(self, t) for t in (times.client, times.proxy, times.ingress))
         self.replicas: list[_Replica] = []
         self.left = 0
+        self.under_way = 0
+        self.longer = 1.0
+        """How much longer work takes beside the other requests that are under way."""
         self.then: deque[Arrival] = deque()
         self.ended = self.env.event()
-        self._is_arriving = True
         self.scale(config.replicas)
         for _ in range(math.ceil(config.others)):
             self.env.process(self._others(config.others / math.ceil(config.others)))
@@ -390,8 +394,16 @@ class _Pod:
             self.ended.succeed()
         for arrival in sorted(arrivals, key=lambda a: a.at_s):
             yield self.env.timeout(max(0.0, arrival.at_s * 1e3 - self.env.now))
-            call = _Call(arrival, self.env.now)
-            self.client.request(self._travel, call)
+            self._begin(arrival)
+
+    def _begin(self, arrival: Arrival) -> None:
+        self._count(1)
+        self.client.request(self._travel, _Call(arrival, self.env.now))
+
+    def _count(self, more: int) -> None:
+        self.under_way += more
+        if self.times.longer:
+            self.longer = self.times.longer_with(self.under_way / max(1, self._open))
 
     def _travel(self, call: _Call) -> None:
         if self.times.away_ms <= 0:
@@ -466,10 +478,10 @@ class _Pod:
             )
         )
         self.left -= 1
+        self._count(-1)
         if self.then:
             self.left += 1
-            following = replace(self.then.popleft(), at_s=self.env.now / 1e3)
-            self.client.request(self._travel, _Call(following, self.env.now))
+            self._begin(replace(self.then.popleft(), at_s=self.env.now / 1e3))
         if not self.left:
             self.ended.succeed()
 
@@ -481,6 +493,7 @@ class _Pod:
             self.replicas.append(_Replica(self, len(self.replicas)))
         for replica in sorted(there, key=lambda r: r.ongoing)[: max(0, len(there) - replicas)]:
             replica.is_open = False  # what it has begun it ends
+        self._count(0)
         self.run.replicas.append((self.env.now / 1e3, replicas))
 
     def _autoscale(self, config: AutoscalerConfig) -> Process:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,10 +88,6 @@ class ProcessTime:
         """For a request with that many pieces."""
         return self.request_ms + self.native_request_ms + tokens * (self.token_ms + self.native_token_ms)
 
-    def scaled(self, factor: float) -> ProcessTime:
-        """All of it, that much longer."""
-        return ProcessTime(**{name: value * factor for name, value in asdict(self).items()})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceTimes:
@@ -114,6 +111,9 @@ class ServiceTimes:
     """Share of each `request_ms` that comes after the answer's last piece."""
     turns: int = 1
     """In so many turns a process does its work on a request: threads hand it to each other, each waits for a CPU."""
+    longer: tuple[tuple[float, float], ...] = ()
+    """(requests under way for each replica, factor), ascending: how much longer all work takes beside each other. A
+    request alone takes 1 times; in between it is a line, after the last it stays."""
     stack_load_ms: float = 1.0
     """A stack from the store into its slot, at a miss."""
     source: str = PLACEHOLDER
@@ -131,12 +131,22 @@ class ServiceTimes:
             raise ValueError(f"after_share is {self.after_share}, wanted 0 to 1")
         if self.turns < 1:
             raise ValueError(f"turns is {self.turns}, wanted at least 1")
+        if not all(1 < a < b < math.inf for (a, _), (b, _) in pairwise(((1.5, 1.0), *self.longer))) or not all(
+            0 < factor < math.inf for _, factor in self.longer
+        ):
+            raise ValueError(
+                f"longer is {self.longer}, wanted (requests, factor), requests ascending from 2, factors positive"
+            )
 
-    def scaled(self, factor: float) -> ServiceTimes:
-        """All work that much longer; what is waited for stays."""
-        step = replace(self.step, **{name: getattr(self.step, name) * factor for name in COEFFICIENTS})
-        parts = {name: getattr(self, name).scaled(factor) for name in ("proxy", "ingress", "replica", "client")}
-        return replace(self, step=step, **parts)
+    @no_type_check
+    def longer_with(self, requests: float) -> float:
+        """How much longer work takes while so many requests are under way for each replica."""
+        before, was = 1.0, 1.0
+        for at, factor in self.longer:
+            if requests < at:
+                return was + (factor - was) * max(0.0, requests - before) / (at - before)
+            before, was = at, factor
+        return was
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ from mta_ray.pipeline.train_base import TrainBaseConfig, train_base
 
 TRAIN = TrainConfig(rank=2, alpha=4.0, steps=70, examples_per_step=2, learning_rate=1e-3)
 ANCHORS = 3
-DEADLINE_S = 600
+DEADLINE_S = 1200
 """For each thing that is waited for: Ray's processes give way to all others, and start slowly on a busy machine."""
 
 
@@ -140,7 +140,7 @@ class Job:
         cluster, workers = psutil.Process(self.process.pid).children(recursive=True), self.workers()
         self.process.kill()
         self.process.wait()
-        assert not psutil.wait_procs(workers, timeout=60)[1]
+        assert not psutil.wait_procs(workers, timeout=300)[1]
         for process in cluster:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
