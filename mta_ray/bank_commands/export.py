@@ -40,7 +40,7 @@ class ExportConfig(BankPlace):
     """Or the service's store, a file or URL, in which this bank is published."""
     tenant: str = DEFAULT_TENANT
     """Whose user it is, in `database`."""
-    fusion: FusionConfig = field(default_factory=lambda: FusionConfig(k=4, temperature=0.1))
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     """How the service weighs anchors, for a user of `database` whose route is not kept."""
     base: str | None = None
     """The `base` artifact that the bank was built on; its model is named in the folder."""

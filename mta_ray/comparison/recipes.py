@@ -99,7 +99,7 @@ class Recipe:
 class MethodSettings:
     """What the methods are set to. Rates were chosen on the simulated population of seed 101, for the default base."""
 
-    fusion: FusionConfig = field(default_factory=lambda: AdaptUsersConfig().fusion)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     """Of all methods that weigh the nearest anchors."""
     stack: TrainConfig = field(default_factory=lambda: AdaptUsersConfig().stack)
     """Of a user's own LoRA on top, and of `stack_only`."""

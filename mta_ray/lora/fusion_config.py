@@ -15,7 +15,7 @@ class FusionConfig:
 
     k: int = 4
     """Anchors a user is made of; fewer where the bank is smaller."""
-    temperature: float = 0.05
+    temperature: float = 0.1
     """Of the softmax over cosines; lower trusts the nearest anchor more."""
     mode: FusionMode = "exact"
     """`exact` (ours) needs no merging; the others are materialised as one adapter a user."""

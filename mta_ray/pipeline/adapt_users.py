@@ -52,7 +52,7 @@ class AdaptUsersConfig:
     """The bank."""
     out: str = "user-states"
     """Folder of the artifact."""
-    fusion: FusionConfig = field(default_factory=lambda: FusionConfig(k=4, temperature=0.1))
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     """How anchors are weighed."""
     stack: TrainConfig = field(
         default_factory=lambda: TrainConfig(rank=1, alpha=2.0, learning_rate=1e-2, steps=12, examples_per_step=4)

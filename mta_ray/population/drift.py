@@ -59,7 +59,7 @@ class DriftConfig:
     """Chance in each week that a user turns to another archetype."""
     fashion: float = 0.02
     """Share of each archetype's likes that changes in a week."""
-    fusion: FusionConfig = field(default_factory=lambda: FusionConfig(k=4, temperature=0.1))
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     """How anchors are weighed."""
     split: SplitConfig = field(default_factory=lambda: SplitConfig(max_few_shot=48, max_rest=8))
     """Who is tested."""

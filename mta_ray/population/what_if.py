@@ -56,7 +56,7 @@ class WhatIfConfig:
     """The bank."""
     out: str = "runs/what-if"
     """Folder of report.html and report.json."""
-    fusion: FusionConfig = field(default_factory=lambda: FusionConfig(k=4, temperature=0.1))
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     """What stays where something else is varied."""
     anchors: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Sizes of the bank; those beyond the bank's are its whole."""

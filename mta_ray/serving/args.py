@@ -60,7 +60,7 @@ class ServingArgs:
     tokenizer's own chat template over all messages."""
     encoded_words: int = 64
     """Words of each history item that are encoded; as the bank's users were (embed-users)."""
-    fusion: FusionConfig = field(default_factory=lambda: FusionConfig(k=4, temperature=0.1))
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     """How anchors are weighed."""
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(max_waiting=32))
     """How much one replica decodes at once."""

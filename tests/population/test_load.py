@@ -13,11 +13,11 @@ import pytest
 
 from mta_ray.artifacts import open_artifact
 from mta_ray.cluster import ClusterConfig
-from mta_ray.population.load.answers import judge, telling
 from mta_ray.population.load.rows import Row
 from mta_ray.population.load.service import OwnServiceConfig, own_service
 from mta_ray.population.load.simulate import LoadRun, SimulateLoadConfig, run_load, simulate_load
 from mta_ray.population.load.traffic import TrafficConfig
+from mta_ray.population.load.verdicts import judge, telling
 from mta_ray.serving.args import AutoscaleConfig
 from mta_ray.serving.database import DatabaseConfig, open_database
 from mta_ray.serving.user_store import UserStore

@@ -46,7 +46,11 @@ TURNS = (1, 2, 4, 8)
 """What `turns` may be."""
 LONGER = (0.6, 2.5)
 """Within what work may be longer than CPU times say, or shorter."""
-BISECTIONS = 7
+FACTORS_TRIED = 4
+"""So many steps of the secant method."""
+AT_ONCE = 8
+"""Simulated requests of each client who asks again, of at least FEW_AT_ONCE in all."""
+FEW_AT_ONCE = 60
 ROUND = 8
 """For every so many clients at once, as many requests again."""
 APART_S = 5.0
@@ -328,22 +332,25 @@ def _with_longer(times: ServiceTimes, pod: PodConfig, measured: Sequence[Sequenc
     """
     known: tuple[tuple[float, float], ...] = ()
     for runs in measured:
-        clients = float(runs[0]["clients"])
-        low, high = LONGER
-        for _ in range(BISECTIONS):
-            middle = math.sqrt(low * high)
-            tried = replace(times, longer=(*known, (clients, middle)))
-            late = sum(math.log(run["total_ms_p50"] / _at_once(tried, pod, run, "total_ms")) for run in runs)
-            low, high = (middle, high) if late > 0 else (low, middle)
-        known = (*known, (clients, math.sqrt(low * high)))
+        clients, factor, slope = float(runs[0]["clients"]), known[-1][1] if known else 1.0, 1.0
+        before: tuple[float, float] | None = None
+        for _ in range(FACTORS_TRIED):
+            tried = replace(times, longer=(*known, (clients, factor)))
+            late = float(
+                np.mean([math.log(run["total_ms_p50"] / _at_once(tried, pod, run, "total_ms")) for run in runs])
+            )
+            if before is not None and abs(math.log(factor) - before[0]) > 1e-3:
+                slope = min(3.0, max(0.3, (before[1] - late) / (math.log(factor) - before[0])))
+            before = math.log(factor), late
+            factor = min(LONGER[1], max(LONGER[0], factor * math.exp(late / slope)))
+        known = (*known, (clients, factor))
     return replace(times, longer=known)
 
 
 def _at_once(times: ServiceTimes, pod: PodConfig, run: Mapping[str, Any], clock: str) -> float:
     """The median with as many clients who ask again when they are answered."""
-    asked = [
-        Arrival(0.0, n, round(run["prompt_tokens"]), round(run["tokens"])) for n in range(run["clients"] * (ALONE // 2))
-    ]
+    count = max(FEW_AT_ONCE, run["clients"] * AT_ONCE)
+    asked = [Arrival(0.0, n, round(run["prompt_tokens"]), round(run["tokens"])) for n in range(count)]
     pod = replace(pod, others=min(run["others_cpus"], OTHERS_MAX * (pod.cores or 1)))
     outcomes = simulate_pod(asked[: run["clients"]], pod, times, then=asked[run["clients"] :]).outcomes
     return float(np.median([getattr(outcome, clock) for outcome in outcomes[run["clients"] :]]))

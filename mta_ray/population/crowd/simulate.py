@@ -73,7 +73,7 @@ class SimulatePopulationConfig:
     """The `bank` artifact that users are routed to; none: anchors are chosen from the sample, with nothing trained."""
     anchors: int = 50
     """Anchors to choose where no bank is given."""
-    fusion: FusionConfig = field(default_factory=lambda: FusionConfig(k=4, temperature=0.1))
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     """How a user's anchors are weighed."""
     encoder: str = EMBEDDED
     """As in embed-users; with a bank, the bank's is used."""

@@ -29,12 +29,13 @@ from mta_ray.evaluation.sections import write_sections
 from mta_ray.lora.bank import load_bank
 from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.personalize.base_model import open_base
-from mta_ray.population.load.answers import AnswerBook, introduce, judge, telling
+from mta_ray.population.load.answers import AnswerBook, introduce
 from mta_ray.population.load.figures import samples_table, summarise, to_table
 from mta_ray.population.load.report import sections
 from mta_ray.population.load.rows import Row, RunSettings, row_from
 from mta_ray.population.load.service import OwnServiceConfig, Sample, Sampler, metrics_pages, own_service
 from mta_ray.population.load.traffic import TrafficConfig, expected_sessions
+from mta_ray.population.load.verdicts import judge, telling
 from mta_ray.serving.args import ServingArgs
 
 log = logging.getLogger(__name__)
