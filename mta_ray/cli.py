@@ -409,6 +409,10 @@ def _run(stage: Stage, config_path: str | None, overrides: list[str], prog: str 
     if stage.is_told:
         print(result, flush=True)
         return OK
+    if getattr(config, "report_only", False):  # the results have settings of their own beside them
+        print(f"{stage.name}: {time.monotonic() - started_s:.1f} s; report in", file=sys.stderr)
+        print(result, flush=True)
+        return OK
     # What runs all stages leaves the last one's settings beside its result, and its own under its own name.
     saved = save_settings(f"{config.out}/{stage.name}" if stage.name in WHOLE else result, config)
     print(f"{stage.name}: {time.monotonic() - started_s:.1f} s; settings in {saved}; result in", file=sys.stderr)

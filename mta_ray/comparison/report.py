@@ -90,9 +90,11 @@ def _of_dataset(name: str, dataset: Mapping[str, Any], samples: int) -> list[Sec
     found = []
 
     # 1. all methods
+    averaged = "f1_macro is a mean over all labels of the data; one that nobody asks for counts 0. "
     notes = (
         said_of(dataset),
-        f"In brackets and as bars: 95% intervals, {samples} bootstrap samples of users. Gains and differences are "
+        (averaged if "f1_macro" in dataset["metrics"] else "")
+        + f"In brackets and as bars: 95% intervals, {samples} bootstrap samples of users. Gains and differences are "
         f"means over users, query by query. p: sign-flip test of users' mean differences to {OURS}, Holm-corrected "
         f"over the methods here; * below {ALPHA:g}. Users who are one user over again count as one for both. Spread: "
         f"standard deviation of {primary} over seeds, which intervals and p leave out; where it is missing, one seed "
@@ -161,7 +163,8 @@ def _of_dataset(name: str, dataset: Mapping[str, Any], samples: int) -> list[Sec
                 rows=cost_rows(dataset),
                 notes=(
                     "Training: device seconds of personalising all tested users; its bank: device seconds of the bank "
-                    "that the method stands on, once for everybody. A device is a GPU, or a CPU where there is none. "
+                    "that the method stands on, once for everybody, with the start of its processes. A device is a "
+                    "GPU, or a CPU where there is none. "
                     "Tokens/s: of answers, the reading of prompts in their time.",
                     "; ".join(f"{method}: {described(method)}" for method in whole if described(method)) + ".",
                 ),

@@ -127,7 +127,7 @@ def evaluate(
             bytes_per_user={method: cost.bytes / cost.users for method, cost in costs.items()},
             seconds_per_user={method: cost.seconds / cost.users for method, cost in costs.items()},
             seconds=dict(seconds or {}) | {"report": round(time.perf_counter() - started_s, 1)},
-            peak_memory_mb=round(memory.peak_mb),
+            peak_memory_mib=round(memory.peak_mib),
             versions={name: metadata.version(name) for name in VERSIONS},
             settings={"prompts": asdict(base.wording.prompts), "base": base.source} | settings,
             leaks=leaks,

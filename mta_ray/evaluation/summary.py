@@ -88,7 +88,7 @@ class ReportFacts:
     """Method -> seconds to personalise for one user."""
     seconds: dict[str, float | int] = field(default_factory=dict)
     """Stage -> seconds."""
-    peak_memory_mb: float | int = 0.0
+    peak_memory_mib: float | int = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     leaks: Leaks | None = None
@@ -133,7 +133,7 @@ def summarise(
         "methods": methods,
         "comparisons": comparisons,
         "seconds": facts.seconds,
-        "peak_memory_mb": facts.peak_memory_mb,
+        "peak_memory_mib": facts.peak_memory_mib,
         "versions": facts.versions,
         "settings": facts.settings,
         "leaks": asdict(facts.leaks) if facts.leaks else None,

@@ -19,9 +19,9 @@ class PeakMemory:
     """The largest sum that was seen so far."""
 
     def __init__(self) -> None:
-        self.peak_mb = 0.0
+        self.peak_mib = 0.0
         """MiB. Pages that several processes share (the object store, libraries) count once."""
-        self.process_peak_mb = 0.0
+        self.process_peak_mib = 0.0
         """MiB of the largest single process, with its share of what it shares with others."""
         self.process_peak_name = ""
         """What Ray or the system calls that process."""
@@ -29,10 +29,10 @@ class PeakMemory:
     def look(self) -> None:
         """Measure once more."""
         sizes = {pid: _proportional_bytes(pid) / MIB for pid in _processes()}
-        self.peak_mb = max(self.peak_mb, sum(sizes.values()))
+        self.peak_mib = max(self.peak_mib, sum(sizes.values()))
         largest = max(sizes, key=lambda pid: sizes[pid])
-        if sizes[largest] > self.process_peak_mb:
-            self.process_peak_mb, self.process_peak_name = sizes[largest], _name(largest)
+        if sizes[largest] > self.process_peak_mib:
+            self.process_peak_mib, self.process_peak_name = sizes[largest], _name(largest)
 
 
 @contextmanager

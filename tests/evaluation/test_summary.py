@@ -16,7 +16,7 @@ from mta_ray.evaluation.words import finding
 def test_counts_and_order_of_methods(summary):
     assert (summary["users"], summary["few_shot_users"], summary["queries"], summary["anchors"]) == (4, 2, 8, 2)
     assert list(summary["methods"]) == ["non_personalised", "oppu", "mta", "zebra"]
-    assert (summary["task"], summary["seconds"]["evaluate"], summary["peak_memory_mb"]) == (
+    assert (summary["task"], summary["seconds"]["evaluate"], summary["peak_memory_mib"]) == (
         "movie_tagging",
         5.0,
         1234.0,

@@ -19,18 +19,18 @@ def test_a_workers_memory_counts_and_the_peak_stays(ray_local):
     ray.get(worker.take.remote(0))
     memory = PeakMemory()
     memory.look()
-    before = memory.peak_mb
+    before = memory.peak_mib
     assert before > 0
 
     mib = 1000 + psutil.Process().memory_info().rss // 2**20  # the worker is the largest, whatever ran here before
     ray.get(worker.take.remote(mib))
     memory.look()
-    assert mib - 300 < memory.peak_mb - before < mib + 300  # other workers of the session come and go meanwhile
+    assert mib - 300 < memory.peak_mib - before < mib + 300  # other workers of the session come and go meanwhile
 
-    assert mib < memory.process_peak_mb < mib + 600  # the worker's, with its libraries
+    assert mib < memory.process_peak_mib < mib + 600  # the worker's, with its libraries
     assert memory.process_peak_name.startswith("ray::")
 
-    peak = memory.peak_mb
+    peak = memory.peak_mib
     ray.kill(worker)
     memory.look()
-    assert memory.peak_mb == peak
+    assert memory.peak_mib == peak

@@ -137,7 +137,10 @@ class _Bench:
         for rows in sorted({n for n in self.config.rows if n <= self.config.max_requests}):
             samples += self._mixtures(rows, repeats=self.config.repeats)
         fit = fit_step(samples)
-        log.info("engine steps: %s, median error %.1f%%", fit.step, fit.error_p50 * 100)
+        log.info(
+            "engine steps: %.2f ms + %.3f a row + %.2f a prompt + %.4f a token of it, median error %.1f%%",
+            *(fit.step.fixed_ms, fit.step.row_ms, fit.step.prompt_ms, fit.step.prompt_token_ms, fit.error_p50 * 100),
+        )
         tensors = to_bytes(self.stack)
         return EngineTimes(
             fit=fit,

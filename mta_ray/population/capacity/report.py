@@ -142,8 +142,8 @@ def _replica_section(report: Mapping[str, Any]) -> Section:
     limit, pod = report["limit"], report["fleet"]["pod"]
     hits, expected = limit["stack_hits"], report["expected_stack_hits"]
     notes = [
-        f"A pod of {pod['replicas']} replicas, {pod['max_requests']} rows each. At the chosen rate the engine is busy "
-        f"{limit['engine_busy']:.0%} of the time, with {limit['rows']:.1f} rows a step; the ingress "
+        f"A pod of {pod['replicas']} replicas, {pod['max_requests']} rows each. At the chosen rate the engine has "
+        f"something to do {limit['engine_busy']:.0%} of the time, with {limit['rows']:.1f} rows a step; the ingress "
         + (f"{limit['ingress_busy']:.0%}." if _is_measured(report["times"]["ingress"]) else "was not measured.")
     ]
     if "can_per_s" in report:

@@ -28,8 +28,8 @@ def growth_chart(growth: Sequence[Mapping[str, Any]]) -> Figure | None:
     steady = [np.nan if (s := one["steady_seconds_per_user"]) is None else s * 1e3 for one in growth]
     time.plot(sizes, steady, "o-", color=BLUE)
     time.set_ylabel("ms a user, steady")
-    memory.plot(sizes, [one["process_peak_memory_mb"] for one in growth], "o-", color=ORANGE, label="largest process")
-    memory.plot(sizes, [one["peak_memory_mb"] for one in growth], "o--", color=GREY, label="all processes")
+    memory.plot(sizes, [one["process_peak_memory_mib"] for one in growth], "o-", color=ORANGE, label="largest process")
+    memory.plot(sizes, [one["peak_memory_mib"] for one in growth], "o--", color=GREY, label="all processes")
     memory.set_ylabel("peak memory, MiB")
     memory.legend()
     for axes in (time, memory):

@@ -84,8 +84,8 @@ def growth_of(
         "seconds_of_parts": ends[-1][0] - began_s if ends else 0.0,
         "users_per_s": run_users / seconds if run_users else None,
         "steady_seconds_per_user": None if steady_s is None else steady_s / steady_users,
-        "peak_memory_mb": memory.peak_mb,
-        "process_peak_memory_mb": memory.process_peak_mb,
+        "peak_memory_mib": memory.peak_mib,
+        "process_peak_memory_mib": memory.process_peak_mib,
         "process_peak_name": memory.process_peak_name,
         "store_bytes": store_bytes,
         "store_bytes_before": store_bytes_before,
@@ -110,9 +110,13 @@ def told(report: Mapping[str, Any]) -> str:
     rows = [
         ("population", f"{report['users']:,} users, {report['embeddings']}"),
         ("this run", f"{whole['users_this_run']:,} users in {whole['seconds']:.1f} s, {_rate(whole['users_per_s'])}"),
-        *((STAGES[name], f"{_rate(one['users_per_s'])} in one process") for name, one in report["stages"].items()),
-        ("largest process", f"{whole['process_peak_memory_mb']:.0f} MiB ({whole['process_peak_name']})"),
-        ("all processes", f"{whole['peak_memory_mb']:.0f} MiB"),
+        *(
+            (STAGES[name], f"{_rate(one['users_per_s'])} in one process")
+            for name, one in report["stages"].items()
+            if name != "store" or whole["users_added"]
+        ),
+        ("largest process", f"{whole['process_peak_memory_mib']:.0f} MiB ({whole['process_peak_name']})"),
+        ("all processes", f"{whole['peak_memory_mib']:.0f} MiB"),
         ("anchors", f"{load['count']}, {load['effective']:.1f} effective, {load['unserved']} serve nobody"),
     ]
     if report["encoder"]:
@@ -226,8 +230,8 @@ def _speed_section(report: Mapping[str, Any]) -> Section:
                 f"{one['seconds']:.1f}",
                 "–" if one["users_per_s"] is None else f"{one['users_per_s']:,.0f}",
                 "–" if steady is None else f"{steady * 1e3:.3f}",
-                f"{one['process_peak_memory_mb']:.0f}",
-                f"{one['peak_memory_mb']:.0f}",
+                f"{one['process_peak_memory_mib']:.0f}",
+                f"{one['peak_memory_mib']:.0f}",
                 "–" if stored is None else f"{stored / 1e6:,.1f}",
             )
         )

@@ -96,6 +96,7 @@ def summarise(
         "phases": phases,
         "kinds": {str(kind): int(count) for kind, count in rows.kind.value_counts().items()},
         "users": int(rows.user.nunique()),
+        "users_never_checked": _never_checked(rows),
         "errors": {
             str(error): int(count) for error, count in rows[rows.verdict == "failed"].error.value_counts().items()
         },
@@ -134,6 +135,12 @@ def _figures(rows: pd.DataFrame, everything: pd.DataFrame, from_s: float, to_s: 
         "refused_twice": int(verdicts.get("503", 0)),
         **{name: int(verdicts.get(name, 0)) for name in ("ok", "failed", "wrong", "wrong_user", "unchecked")},
     }
+
+
+def _never_checked(rows: pd.DataFrame) -> int:
+    """Users who asked, and none of whose answers could be judged."""
+    asks = rows[rows.kind == "ask"]
+    return int((asks.verdict == "unchecked").groupby(asks.user).all().sum())
 
 
 def _percentiles(values: pd.Series) -> dict[str, float] | None:

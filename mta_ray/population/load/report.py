@@ -70,7 +70,8 @@ def _phase_notes(report: Mapping[str, Any]) -> list[str]:
     if report["is_checked"]:
         notes.append(
             f"{report['all']['unchecked']} requests were not checked: the service trained that user's stack, a "
-            "change of the user got no answer, or two tokens were too close to tell apart."
+            "change of the user got no answer, or two tokens were too close to tell apart. Of "
+            f"{report['users_never_checked']} of {report['users']} users no answer was."
         )
         if report.get("telling") is not None:
             notes.append(
