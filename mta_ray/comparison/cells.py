@@ -113,7 +113,7 @@ class CellAnswers:
 class CellFiles:
     """A folder of finished cells: KEY.parquet with the answers, and KEY.json, written last, with what they took.
 
-    The latter says whose both are, and the former's digest: what is damaged or another cell's is not there.
+    The latter says whose both are, and the digest of either: what is damaged or another cell's is not there.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -123,7 +123,8 @@ class CellFiles:
     def is_there(self, cell: Cell) -> bool:
         try:
             written = json.loads(self._file(cell, "json").read_bytes())
-            return bool(written["key"] == cell.key and written["sha256"] == self._digest(cell))
+            digest = written.pop("sha256")
+            return bool(written["key"] == cell.key and digest == self._digest(cell, written))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
 
@@ -133,7 +134,8 @@ class CellFiles:
         costs = {k: v for k, v in asdict(answers).items() if k != "rows"}
         named = {"dataset": cell.dataset, "method": cell.recipe.name, "rag": cell.rag, "budget": cell.budget}
         replace_file(self._file(cell, "parquet"), lambda path: pq.write_table(table, path))
-        text = json.dumps(named | {"seed": cell.seed, "key": cell.key, "sha256": self._digest(cell)} | costs)
+        facts = named | {"seed": cell.seed, "key": cell.key} | costs
+        text = json.dumps({"sha256": self._digest(cell, facts)} | facts)
         replace_file(self._file(cell, "json"), lambda path: path.write_text(text))
 
     def read(self, cell: Cell) -> CellAnswers:
@@ -143,8 +145,9 @@ class CellFiles:
         names = ("bytes", "seconds", "decode_tokens", "decode_s")
         return CellAnswers(rows=rows, **{name: costs[name] for name in names})
 
-    def _digest(self, cell: Cell) -> str:
-        return hashlib.sha256(self._file(cell, "parquet").read_bytes()).hexdigest()
+    def _digest(self, cell: Cell, facts: Mapping[str, Any]) -> str:
+        whole = self._file(cell, "parquet").read_bytes() + json.dumps(facts, sort_keys=True).encode()
+        return hashlib.sha256(whole).hexdigest()
 
     def _file(self, cell: Cell, ending: str) -> Path:
         return self.folder / f"{cell.key}.{ending}"

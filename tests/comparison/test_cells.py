@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,19 @@ def test_a_cell_is_there_when_it_is_whole_and_comes_back_as_it_was(cell, tmp_pat
     assert files.read(cell) == said and files.is_there(cell)
     next((tmp_path / "cells").glob("*.json")).unlink()  # killed between the two
     assert not files.is_there(cell)
+
+
+def test_a_cell_whose_costs_were_changed_is_not_there(cell, tmp_path) -> None:
+    files = CellFiles(tmp_path / "cells")
+    files.write(cell, answers({"long": "comedy"}, kept=1.5, seconds=0.25))
+    (path,) = (tmp_path / "cells").glob("*.json")
+    written = json.loads(path.read_text())
+    without = {name: value for name, value in written.items() if name != "bytes"}
+    for changed in (written | {"seconds": {"long": 9.0}}, without):
+        path.write_text(json.dumps(changed))
+        assert not files.is_there(cell)
+    path.write_text(json.dumps(written))
+    assert files.is_there(cell)
 
 
 @pytest.mark.parametrize("ending", ["json", "parquet"])

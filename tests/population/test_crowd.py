@@ -11,17 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from mta_ray.artifacts import open_artifact
 from mta_ray.benchmarks.killed_population import parts_table, stored_rows
 from mta_ray.files import alone_in
 from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.pipeline.embed_users import item_texts
+from mta_ray.population.crowd import parts as crowd_parts
 from mta_ray.population.crowd import simulate as crowd
 from mta_ray.population.crowd.sample import FIRST
 from mta_ray.population.crowd.simulate import MARK, SimulatePopulationConfig, simulate_population
 from mta_ray.population.crowd.vectors import load_model
-from mta_ray.population.people import WorldConfig, simulate_user
+from mta_ray.population.people import WorldConfig, simulate_user, user_name
 from mta_ray.serving.banks import Banks
 from mta_ray.serving.database import DatabaseConfig, open_database
 from mta_ray.serving.identity import UserId
@@ -235,6 +237,37 @@ def test_a_run_that_stopped_goes_on_to_the_same_end(undisturbed: Path, stopped: 
     found, wanted = _rows(home / "store.db"), _rows(undisturbed / "store.db")
     assert [row for row in found.pop("users") if "stranger" not in row] == wanted.pop("users")
     assert found == wanted
+
+
+def test_a_store_that_lost_anybody_is_known(undisturbed: Path, tmp_path: Path) -> None:
+    parts = sorted((undisturbed / "population").glob("part-*.parquet"))
+    shutil.copy(undisturbed / "store.db", tmp_path / "store.db")
+    tenant = _config(undisturbed).tenant
+    assert crowd._are_stored(str(tmp_path / "store.db"), tenant, parts) == [True] * 5
+    with closing(open_database(DatabaseConfig(url=str(tmp_path / "store.db")))) as database:
+        UserStore(database).delete(UserId(tenant=tenant, id=user_name(0, 77)))  # no part's last one
+    assert crowd._are_stored(str(tmp_path / "store.db"), tenant, parts) == [False] * 5
+
+
+@pytest.mark.parametrize("failures", [2, 4])
+def test_a_store_that_is_away_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    monkeypatch.setattr(crowd_parts, "AWAY_S", (0.0, 0.0, 0.0))
+    errors = [OperationalError("INSERT", {}, Exception("the connection was closed"))] * failures
+
+    class Flaky(UserStore):
+        def add_users(self, new):  # noqa: ANN001, ANN202
+            if errors:
+                raise errors.pop()
+            return super().add_users(new)
+
+    store_part = object.__new__(crowd_parts.StorePart)
+    with closing(open_database(DatabaseConfig(url=str(tmp_path / "store.db")))) as database:
+        store_part.store = Flaky(database)
+        if failures == 2:
+            assert store_part._add([]) == 0 and not errors
+        else:
+            with pytest.raises(RuntimeError, match="is away .OperationalError.*run the same command again"):
+                store_part._add([])
 
 
 def test_encoded_users_have_the_encoders_vectors(tmp_path: Path) -> None:

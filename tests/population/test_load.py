@@ -13,6 +13,7 @@ import pytest
 
 from mta_ray.artifacts import open_artifact
 from mta_ray.cluster import ClusterConfig
+from mta_ray.population.load.afterwards import Afterwards
 from mta_ray.population.load.rows import Row
 from mta_ray.population.load.service import OwnServiceConfig, own_service
 from mta_ray.population.load.simulate import LoadRun, SimulateLoadConfig, run_load, simulate_load
@@ -65,6 +66,7 @@ def test_every_answer_is_its_own_users(run: LoadRun) -> None:
     streams = [row for row in run.rows if row.is_stream and row.status == 200]
     assert streams and all(row.ttft_ms is not None and 0 < row.ttft_ms <= row.total_ms for row in streams)
     assert all(row.tokens <= row.most_tokens for row in run.rows)
+    assert run.afterwards == Afterwards(users=len(users | set(range(18))))
     tries = len(run.rows) + sum(row.retried for row in run.rows)
     assert run.locust["requests"] == tries
     assert all(sample.running == 1 for sample in run.samples if sample.running is not None)
@@ -212,6 +214,27 @@ def test_the_stage_publishes_a_report_and_rests(
         with pytest.raises(ValueError, match="1 of .* answered wrongly, 0 of them as another user"):
             simulate_load(config)
     assert open_artifact(tmp_path / "wrong", kind="load").facts["wrong"] == 1
+
+    # so does one with a failure, unless it may have some, and one whose service did not do what it had said
+    failed = [*run.rows[:place], replace(run.rows[place], status=500), *run.rows[place + 1 :]]
+    stacked = {row.user for row in run.rows if row.kind == "stack" and row.status == 202}
+    unjudged = [
+        row
+        for row, verdict in zip(run.rows, verdicts, strict=True)
+        if row.user in stacked and (row.kind != "ask" or verdict == "unchecked")
+    ]
+    for number, (seen, complaint) in enumerate(
+        (
+            (replace(run, rows=failed), "1 of .* requests failed, which is more than failed_share 0"),
+            (replace(run, afterwards=Afterwards(users=3, lost=1)), "of 1 users the service had said what was not so"),
+            (replace(run, rows=unjudged), "none of .* answers could be judged"),
+        )
+    ):
+        monkeypatch.setattr("mta_ray.population.load.simulate.run_load", lambda config, seen=seen: seen)
+        with pytest.raises(ValueError, match=complaint):
+            simulate_load(replace(config, out=str(tmp_path / f"bad-{number}")))
+    monkeypatch.setattr("mta_ray.population.load.simulate.run_load", lambda config: replace(run, rows=failed))
+    simulate_load(replace(config, out=str(tmp_path / "some"), failed_share=0.1))
 
 
 def test_an_endpoint_is_named_or_made() -> None:

@@ -30,6 +30,8 @@ from mta_ray.population.capacity.service_times import ServiceTimes
 log = logging.getLogger(__name__)
 DAY_S, MONTH_H = 86_400, 730
 DAY_POINTS = 96
+MOST, BYTES_MAX = 1e6, 1e12
+"""Beyond these a setting is a slip of the pen."""
 PEAK_MAX = 60.0
 LOAD_MAX = 0.85
 """Of what a replica that always has more to do gets through: nearer to it, waiting grows faster than a sample shows."""
@@ -65,8 +67,8 @@ class FleetConfig:
 
     def __post_init__(self) -> None:
         for name in ("gpus_per_replica", "price_per_gpu_hour", "price_per_replica_hour", "spare_share"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 0 and finite")
+            if not 0 <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted 0 to {MOST:g}")
         gpus = self.gpus_per_replica
         if gpus > 1 and gpus != int(gpus) or 0 < gpus < GPU_SHARE_MIN:
             raise ValueError(
@@ -107,16 +109,18 @@ class DemandConfig:
     def __post_init__(self) -> None:
         if not self.users or not all(1 <= count <= 1e10 for count in self.users):
             raise ValueError(f"users are {self.users}, wanted at least one number, each 1 to 10^10")
-        if not (0 < self.requests_per_day < math.inf and self.peak_factor >= 1):
+        if not (1 / MOST <= self.requests_per_day <= MOST and self.peak_factor >= 1):
             raise ValueError(
                 f"requests_per_day is {self.requests_per_day} and peak_factor {self.peak_factor}, "
-                "wanted more than 0 and at least 1"
+                f"wanted {1 / MOST:g} to {MOST:g} and at least 1"
             )
         if self.peak_factor > PEAK_MAX:
             raise ValueError(f"peak_factor is {self.peak_factor}, wanted at most {PEAK_MAX}: a day's curve has no more")
-        is_finite = all(0 <= size < math.inf for size in (self.bytes_per_user, self.bytes_per_stack))
-        if not is_finite or self.store_copies < 1:
-            raise ValueError("bytes_per_user and bytes_per_stack are at least 0, store_copies at least 1")
+        sizes = (self.bytes_per_user, self.bytes_per_stack)
+        if not all(0 <= size <= BYTES_MAX for size in sizes) or not 1 <= self.store_copies <= MOST:
+            raise ValueError(
+                f"bytes_per_user and bytes_per_stack are 0 to {BYTES_MAX:g}, store_copies 1 to {MOST:g}; got {self}"
+            )
 
     @property
     def peak_per_user_s(self) -> float:
@@ -157,8 +161,10 @@ class SampleConfig:
     """Of arrivals."""
 
     def __post_init__(self) -> None:
-        if self.requests < 50 or self.curve_points < 2 or not 0 < self.precision < 0.5:
-            raise ValueError("requests is at least 50, curve_points at least 2, precision between 0 and 0.5")
+        if self.requests < 50 or self.curve_points < 2 or not 0 < self.precision < 0.5 or self.seed < 0:
+            raise ValueError(
+                "requests is at least 50, curve_points at least 2, precision between 0 and 0.5, seed at least 0"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

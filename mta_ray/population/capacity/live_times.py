@@ -44,8 +44,8 @@ OTHERS_MAX = 0.8
 KINDS = ("python", "native", "engine")
 TURNS = (1, 2, 4, 8)
 """What `turns` may be."""
-LONGER = (0.6, 2.5)
-"""Within what work may be longer than CPU times say, or shorter."""
+TRIED = (0.6, 2.5)
+"""Within what work is taken to be longer than CPU times say, or shorter."""
 FACTORS_TRIED = 4
 """So many steps of the secant method."""
 AT_ONCE = 8
@@ -342,7 +342,7 @@ def _with_longer(times: ServiceTimes, pod: PodConfig, measured: Sequence[Sequenc
             if before is not None and abs(math.log(factor) - before[0]) > 1e-3:
                 slope = min(3.0, max(0.3, (before[1] - late) / (math.log(factor) - before[0])))
             before = math.log(factor), late
-            factor = min(LONGER[1], max(LONGER[0], factor * math.exp(late / slope)))
+            factor = min(TRIED[1], max(TRIED[0], factor * math.exp(late / slope)))
         known = (*known, (clients, factor))
     return replace(times, longer=known)
 

@@ -21,6 +21,9 @@ from mta_ray.settings import settings_of
 T = TypeVar("T")
 PLACEHOLDER = "placeholder"
 """The source of times that nobody has measured."""
+TURNS_MAX = 64
+LONGER = (0.2, 20.0)
+"""Within what work may be longer beside other work than alone, or shorter."""
 COEFFICIENTS = ("fixed_ms", "row_ms", "prompt_ms", "prompt_token_ms")
 """Of a step."""
 
@@ -129,13 +132,14 @@ class ServiceTimes:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 0 and finite")
         if not 0 <= self.after_share <= 1:
             raise ValueError(f"after_share is {self.after_share}, wanted 0 to 1")
-        if self.turns < 1:
-            raise ValueError(f"turns is {self.turns}, wanted at least 1")
+        if not 1 <= self.turns <= TURNS_MAX:
+            raise ValueError(f"turns is {self.turns}, wanted 1 to {TURNS_MAX}")
         if not all(1 < a < b < math.inf for (a, _), (b, _) in pairwise(((1.5, 1.0), *self.longer))) or not all(
-            0 < factor < math.inf for _, factor in self.longer
+            LONGER[0] <= factor <= LONGER[1] for _, factor in self.longer
         ):
             raise ValueError(
-                f"longer is {self.longer}, wanted (requests, factor), requests ascending from 2, factors positive"
+                f"longer is {self.longer}, wanted (requests, factor), requests ascending from 2, each factor "
+                f"{LONGER[0]} to {LONGER[1]}"
             )
 
     @no_type_check
@@ -211,7 +215,7 @@ def read_times(path: str | Path) -> ServiceTimes:
         times = raw["times"]
     except FileNotFoundError:
         raise ValueError(f"no service times at {path}; write them with --measure, or correct the path") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no service times ({error!r}); write them with --measure") from error
     read = settings_of(ServiceTimes, times, source=str(path))
     missing = [f"step.{name}" for name in COEFFICIENTS if name not in times.get("step", {})]

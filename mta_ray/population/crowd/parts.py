@@ -29,7 +29,7 @@ from mta_ray.pipeline.embed_users import item_texts
 from mta_ray.population.crowd.anchors import Anchors, route_many
 from mta_ray.population.crowd.vectors import EmbeddingModel
 from mta_ray.population.people import WorldConfig, simulate_user, user_name
-from mta_ray.serving.database import DatabaseConfig, open_database
+from mta_ray.serving.database import AWAY, DatabaseConfig, open_database
 from mta_ray.serving.identity import UserId
 from mta_ray.serving.user_state import ItemSum, UserRoute
 from mta_ray.serving.user_store import NewUser, UserStore
@@ -43,6 +43,8 @@ SUMMARY, HASH = b"summary", b"hash"
 STORE_USERS = 5000
 """Users of one transaction."""
 BUSY_TIMEOUT_S = 60.0
+AWAY_S = (1.0, 5.0, 20.0)
+"""Between tries of a store that is away."""
 CPUS = 0.5
 """Of a task: two at once on each."""
 
@@ -241,11 +243,26 @@ class StorePart:
         added = others = 0
         for start in range(0, len(batch), STORE_USERS):
             new = self._new_users(batch.slice(start, STORE_USERS))
-            count = self.store.add_users(new)
+            count = self._add(new)
             added += count
             if count < len(new):
                 others += sum(not self._has(one) for one in new)
         return added, others
+
+    def _add(self, new: list[NewUser]) -> int:
+        """How many of them were not there; tried again where the store is away for a moment."""
+        assert self.store is not None
+        for wait_s in (*AWAY_S, None):
+            try:
+                return self.store.add_users(new)
+            except AWAY as error:
+                if wait_s is None:
+                    raise RuntimeError(
+                        f"the user store is away ({type(error).__name__}): see to it, then run the same command again; "
+                        "what is stored is kept"
+                    ) from None
+                time.sleep(wait_s)
+        raise AssertionError
 
     def _last(self, batch: pa.Table) -> dict[str, Any] | None:
         """The last user as the store should have him: by him a later run knows whether it has this part."""

@@ -442,7 +442,7 @@ def _summary(file: Path) -> dict[str, Any]:
 
 
 def _is_stored(config: SimulatePopulationConfig) -> bool:
-    """Whether the store has this population; a user of every part's end is looked up, not all of them."""
+    """Whether the store has this population: enough users, and the last one of every part as he should be."""
     if config.store is None:
         return True
     return all(_are_stored(config.store, config.tenant, sorted(Path(config.out).glob("part-*.parquet"))))
@@ -453,13 +453,17 @@ def _part_users(config: SimulatePopulationConfig) -> int:
 
 
 def _are_stored(store: str, tenant: str, parts: Sequence[Path]) -> list[bool]:
-    """Of each part, whether its last user is in the store with the route that is his."""
+    """Of each part, whether its last user is in the store with the route that is his; of none where the tenant has
+    fewer users than all of them together."""
     place = DatabaseConfig(url=store)
-    if not is_there(place):
+    if not parts or not is_there(place):
         return [False] * len(parts)
+    summaries = [_kept(_summary, part) or {} for part in parts]
     with closing(open_existing(place)) as database:
         users = UserStore(database)
-        return [_is_stored_as(users, tenant, (_kept(_summary, part) or {}).get("last")) for part in parts]
+        if users.counts(tenant).users < sum(summary.get("users", 0) for summary in summaries):
+            return [False] * len(parts)
+        return [_is_stored_as(users, tenant, summary.get("last")) for summary in summaries]
 
 
 def _is_stored_as(users: UserStore, tenant: str, last: dict[str, Any] | None) -> bool:

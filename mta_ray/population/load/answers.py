@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import numpy as np
@@ -33,6 +35,8 @@ NEAR = 1e-4
 """Two cosines that are closer than this may change places by rounding."""
 SAME_WEIGHT = 1e-3
 """Weights that differ by less are the same but for rounding."""
+TRIES, PATIENCE_S = 5, 10.0
+"""To introduce a user to a service that is busy, and how long to wait in between at most."""
 ATTEMPTS = 8
 """Stacks that are drawn for a user before there must be one whose answer is nobody else's."""
 
@@ -195,7 +199,7 @@ def introduce(
     for user in range(users):
         name = f"{prefix}{user}"
         item = f"{tastes[user % len(tastes)]} {user} 0"
-        view = http.put(f"/v1/users/{name}/history", json={"items": [item]}).raise_for_status().json()
+        view = _put(http, f"/v1/users/{name}/history", json={"items": [item]}).json()
         if book is None:
             continue
         book.items[user] = item
@@ -227,4 +231,20 @@ def put_stack(http: httpx.Client, name: str, own: Adapter) -> None:
     """Send an adapter as the user's stack, as PEFT writes it."""
     with tempfile.TemporaryDirectory(prefix="mta-stack-") as folder:
         body = (save_peft(own, folder, base_model="") / "adapter_model.safetensors").read_bytes()
-    http.put(f"/v1/users/{name}/stack", params={"alpha": own.scale * own.rank}, content=body).raise_for_status()
+    _put(http, f"/v1/users/{name}/stack", params={"alpha": own.scale * own.rank}, content=body)
+
+
+def _put(http: httpx.Client, path: str, **sent: Any) -> httpx.Response:
+    """The answer, after a few tries where the service asks for patience; anything but success is a ValueError."""
+    for left in reversed(range(TRIES)):
+        answer = http.put(path, **sent)
+        if answer.is_success:
+            return answer
+        if answer.status_code != 503 or not left:
+            break
+        asked_s = answer.headers.get("retry-after", "")
+        time.sleep(min(float(asked_s), PATIENCE_S) if asked_s.isdigit() else 1.0)
+    raise ValueError(
+        f"the endpoint answered {answer.status_code} to PUT {path} before the run: {answer.text[:300]}; see to the "
+        "service, its API key and its limits"
+    )

@@ -134,6 +134,7 @@ def _figures(rows: pd.DataFrame, everything: pd.DataFrame, from_s: float, to_s: 
         "refused_first": int((rows.first_status == 503).sum()),
         "refused_twice": int(verdicts.get("503", 0)),
         **{name: int(verdicts.get(name, 0)) for name in ("ok", "failed", "wrong", "wrong_user", "unchecked")},
+        "judged": int(asks.verdict.isin(["ok", "wrong", "wrong_user"]).sum()),
     }
 
 

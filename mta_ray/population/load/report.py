@@ -70,14 +70,20 @@ def _phase_notes(report: Mapping[str, Any]) -> list[str]:
     if report["is_checked"]:
         notes.append(
             f"{report['all']['unchecked']} requests were not checked: the service trained that user's stack, a "
-            "change of the user got no answer, or two tokens were too close to tell apart. Of "
-            f"{report['users_never_checked']} of {report['users']} users no answer was."
+            "change of the user got no answer, or two tokens were too close to tell apart."
+            + (f" Of {report['users_never_checked']} users no answer was." if report.get("users_never_checked") else "")
         )
         if report.get("telling") is not None:
             notes.append(
                 f"{report['telling']:.1%} of the right answers to users with a history from before the run, which did "
                 "not change, would have been no other such user's."
             )
+    if (after := report.get("afterwards")) and after["users"]:
+        notes.append(
+            f"Afterwards {after['users']} users were looked for and removed: {after['not_deleted']} were there after "
+            f"their deletion, {after['lost']} had lost their history, {after['stacks_unknown']} had no stack although "
+            f"one was promised, {after['not_removed']} could not be removed; of {after['not_seen']} nothing is known."
+        )
     if lag:
         late = " It could not keep its own pace: the times here are partly its own." if lag["p99"] > 100 else ""
         notes.append(

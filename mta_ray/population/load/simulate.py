@@ -29,6 +29,7 @@ from mta_ray.evaluation.sections import write_sections
 from mta_ray.lora.bank import load_bank
 from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.personalize.base_model import open_base
+from mta_ray.population.load.afterwards import Afterwards, leave
 from mta_ray.population.load.answers import AnswerBook, introduce
 from mta_ray.population.load.figures import samples_table, summarise, to_table
 from mta_ray.population.load.report import sections
@@ -45,7 +46,7 @@ PROMPTS = (
     "description: two old sweethearts meet again at sea, against all odds, and read the letters they never sent tag:",
     "description: a heist in paris goes wrong tag:",
 )
-FACTS = ("requests", "failed", "wrong", "wrong_user", "refused_twice", "questions", "answered")
+FACTS = ("requests", "failed", "wrong", "wrong_user", "refused_twice", "questions", "answered", "judged")
 TITLE = "Simulated load on a live endpoint"
 
 
@@ -77,6 +78,8 @@ class SimulateLoadConfig:
     """Who asks for what, and when."""
     timeout_s: float = 120.0
     """A request without its whole answer after so long has failed; a second try after a refusal begins anew."""
+    failed_share: float = 0.0
+    """Of the requests that may fail (a 503 is a refusal, no failure) in a run that is to count as good."""
     metrics_url: str | None = None
     """A page with the service's Prometheus figures; none: those of the cluster's nodes, where one is connected."""
     out: str = "runs/load"
@@ -99,6 +102,8 @@ class SimulateLoadConfig:
             raise ValueError("base and bank go together, and with --url; --serve has its own")
         if not 1 <= self.marked <= self.traffic.users:
             raise ValueError(f"marked is {self.marked}, wanted 1 to traffic.users, {self.traffic.users}")
+        if not 0 <= self.failed_share <= 1:
+            raise ValueError(f"failed_share is {self.failed_share}, wanted 0 to 1")
         if not 0 < self.timeout_s < math.inf or self.stack_rank < 1:
             raise ValueError(
                 f"timeout_s must be above 0 and finite, stack_rank at least 1; got {self.timeout_s}, {self.stack_rank}"
@@ -116,6 +121,8 @@ class LoadRun:
     """Requests and failures by locust's own count; a second try is a request of its own there."""
     book: AnswerBook | None
     """What had to be answered; none where the model is not known."""
+    afterwards: Afterwards = field(default_factory=Afterwards)
+    """What was there when all was over."""
 
 
 def simulate_load(config: SimulateLoadConfig) -> str:
@@ -129,7 +136,7 @@ def simulate_load(config: SimulateLoadConfig) -> str:
         inputs = {kind: read_manifest(getattr(config, kind), kind=kind).hash for kind in ("base", "bank")}
     if not config.force and is_current(config.out, kind=KIND, settings=settings, inputs=inputs):
         log.info("load: %s is current, nothing to do", config.out)
-        return _if_right(config.out, read_manifest(config.out, kind=KIND).facts)
+        return _if_right(config, read_manifest(config.out, kind=KIND).facts)
     if importlib.util.find_spec("locust") is None:
         raise ValueError("the load run needs locust, which is not installed: pip install 'mta-ray[load]'")
 
@@ -148,19 +155,24 @@ def simulate_load(config: SimulateLoadConfig) -> str:
         report = summarise(table, run.samples, config.traffic, locust=run.locust, is_checked=run.book is not None)
         report["settings"] = settings
         report["telling"] = None if run.book is None else telling(run.rows, verdicts, run.book)
+        report["afterwards"] = asdict(run.afterwards)
+        told = {key: report["all"][key] for key in FACTS}
+        told |= {"is_checked": run.book is not None, "untrue": run.afterwards.wrong}
+        draft.facts.update(told)
         write_sections(draft.path, TITLE, sections(report), report)
-        told = report["all"]
-        draft.facts.update({key: told[key] for key in FACTS})
+    wrong = f"{told['wrong'] + told['wrong_user']} wrong ({told['wrong_user']} another user's)"
     log.info(
-        "load: %d requests, %d failed, %d wrong (%d another user's), %d refused twice; %s",
-        told["requests"], told["failed"], told["wrong"] + told["wrong_user"], told["wrong_user"],
-        told["refused_twice"], config.out,
+        "load: %d requests, %d failed, %d refused twice; %s; %s",
+        told["requests"], told["failed"], told["refused_twice"],
+        f"{told['judged']} answers judged, {wrong}" if told["is_checked"] else "no answer judged", config.out,
     )  # fmt: skip
-    return _if_right(config.out, told)
+    return _if_right(config, told)
 
 
-def _if_right(out: str, told: Mapping[str, Any]) -> str:
-    """`out`; a run in which somebody was told something wrong, or nobody anything, fails, however often asked for."""
+def _if_right(config: SimulateLoadConfig, told: Mapping[str, Any]) -> str:
+    """Its `out`; a run in which somebody was told something wrong, nobody anything, or too much failed, fails, however
+    often it is asked for."""
+    out = config.out
     if told["wrong"] or told["wrong_user"]:
         raise ValueError(
             f"{told['wrong'] + told['wrong_user']} of {told['requests']} requests were answered wrongly, "
@@ -171,6 +183,20 @@ def _if_right(out: str, told: Mapping[str, Any]) -> str:
             f"none of {told['questions']} questions was answered: of {told['requests']} requests {told['failed']} "
             f"failed and {told['refused_twice']} were refused twice; {out} has the report and every request. See to "
             "the service, or ask more of it, then run again with --force"
+        )
+    if told["is_checked"] and not told["judged"]:
+        raise ValueError(
+            f"none of {told['answered']} answers could be judged; {out} has the report. Ask longer, or more users"
+        )
+    if told["failed"] > config.failed_share * told["requests"]:
+        raise ValueError(
+            f"{told['failed']} of {told['requests']} requests failed, which is more than failed_share "
+            f"{config.failed_share:g}; {out} has the report and every request"
+        )
+    if told["untrue"]:
+        raise ValueError(
+            f"of {told['untrue']} users the service had said what was not so (not deleted, lost, no stack on its way, "
+            f"or not removed after the run); {out} has the report"
         )
     return out
 
@@ -213,8 +239,8 @@ def run_load(config: SimulateLoadConfig) -> LoadRun:
             httpx.Client(base_url=url, headers=headers, timeout=config.timeout_s, trust_env=False)
         )
         rows: list[Row] = []
-        if not config.serve:
-            open_now.callback(_leave, http, settings, rows)
+        afterwards = Afterwards()
+        open_now.callback(leave, http, settings.prefix, config.marked, rows, afterwards)
         introduce(
             http, config.marked, prefix=settings.prefix, tastes=settings.tastes, book=book, seed=config.traffic.seed,
             rank=rank, tokens=config.traffic.least_tokens,
@@ -227,7 +253,7 @@ def run_load(config: SimulateLoadConfig) -> LoadRun:
         open_now.callback(sampler.close)
         began_s, locust = generate(settings, rows, Path(name) / "generator.log")
         sampler.close()
-        return LoadRun(rows=rows, samples=sampler.since(began_s), locust=locust, book=book)
+        return LoadRun(rows=rows, samples=sampler.since(began_s), locust=locust, book=book, afterwards=afterwards)
 
 
 def generate(settings: RunSettings, rows: list[Row], log_file: Path) -> tuple[float, dict[str, int]]:
@@ -267,19 +293,3 @@ def generate(settings: RunSettings, rows: list[Row], log_file: Path) -> tuple[fl
             told.seek(0)
             raise RuntimeError(f"the load generator ended with {status}: {told.read()[-2000:]}")
     return began_s, locust
-
-
-def _leave(http: httpx.Client, settings: RunSettings, rows: list[Row]) -> None:
-    """Delete the run's users at an endpoint that lives on."""
-    users = sorted({*range(settings.known), *(row.user for row in rows)})
-    left = 0
-    for place, user in enumerate(users):
-        try:
-            left += http.delete(f"/v1/users/{settings.prefix}{user}").status_code not in (200, 404)
-        except httpx.HTTPError:  # nobody answers: to ask for each of the others would take a timeout each
-            left += len(users) - place
-            break
-    if left:
-        log.warning(
-            "load: %d of the run's users could not be deleted; their names begin with %s", left, settings.prefix
-        )
