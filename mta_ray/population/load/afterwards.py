@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 import httpx
@@ -41,21 +41,25 @@ class Afterwards:
         return self.not_deleted + self.lost + self.stacks_unknown + self.not_removed
 
 
-def leave(http: httpx.Client, prefix: str, known: int, rows: Sequence[Row], told: Afterwards) -> None:
-    """Look at every user of the run, then remove them; `told` is filled in. `known` users had a history before it."""
-    changes: dict[int, list[Row]] = {user: [] for user in range(known)}
+def leave(http: httpx.Client, prefix: str, known: Collection[int], rows: Sequence[Row], told: Afterwards) -> None:
+    """Look at every user of the run, then remove them; `told` is filled in. The `known` had a history before it."""
+    changes: dict[int, list[Row]] = {user: [] for user in known}
     for row in sorted(rows, key=lambda row: row.sent_s):
         mine = changes.setdefault(row.user, [])
         if row.kind != "ask":
             mine.append(row)
     for place, (user, mine) in enumerate(changes.items()):
         try:
-            _look(http, f"/v1/users/{prefix}{user}", _expected(mine, user < known), told)
-        except httpx.HTTPError:  # nobody answers: to ask for each of the others would take a timeout each
+            _look(http, f"/v1/users/{prefix}{user}", _expected(mine, user in known), told)
+        except (httpx.HTTPError, _Busy):  # nobody answers: to ask for each of the others would take a timeout each
             told.not_seen += len(changes) - place
             break
     if any(count for name, count in asdict(told).items() if name != "users"):
         log.warning("load: after the run: %s; the users' names begin with %s", asdict(told), prefix)
+
+
+class _Busy(Exception):
+    """The service refuses again and again."""
 
 
 def _look(http: httpx.Client, path: str, expected: tuple[bool | None, bool], told: Afterwards) -> None:
@@ -75,13 +79,13 @@ def _look(http: httpx.Client, path: str, expected: tuple[bool | None, bool], tol
 
 
 def _ask(http: httpx.Client, method: str, path: str) -> httpx.Response:
-    answer = http.request(method, path)
-    for _ in range(TRIES - 1):
-        if answer.status_code != 503:
-            break
-        time.sleep(1.0)
+    for left in reversed(range(TRIES)):
         answer = http.request(method, path)
-    return answer
+        if answer.status_code != 503:
+            return answer
+        if left:
+            time.sleep(1.0)
+    raise _Busy
 
 
 def _expected(changes: Sequence[Row], is_known: bool) -> tuple[bool | None, bool]:

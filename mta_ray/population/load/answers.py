@@ -189,17 +189,19 @@ def introduce(
     seed: int,
     rank: int,
     tokens: int,
+    introduced: set[int],
 ) -> None:
     """Users of a running service, through its endpoint alone: a history each, and with a book a stack that marks them.
 
     With a book no two of them are answered alike, in the first so many tokens. Without stacks are the first ones, as
-    far as that makes no two alike.
+    far as that makes no two alike. `introduced` is filled in.
     """
     seen: set[str] = set()
     for user in range(users):
         name = f"{prefix}{user}"
         item = f"{tastes[user % len(tastes)]} {user} 0"
         view = _put(http, f"/v1/users/{name}/history", json={"items": [item]}).json()
+        introduced.add(user)
         if book is None:
             continue
         book.items[user] = item

@@ -240,10 +240,11 @@ def run_load(config: SimulateLoadConfig) -> LoadRun:
         )
         rows: list[Row] = []
         afterwards = Afterwards()
-        open_now.callback(leave, http, settings.prefix, config.marked, rows, afterwards)
+        introduced: set[int] = set()
+        open_now.callback(leave, http, settings.prefix, introduced, rows, afterwards)
         introduce(
             http, config.marked, prefix=settings.prefix, tastes=settings.tastes, book=book, seed=config.traffic.seed,
-            rank=rank, tokens=config.traffic.least_tokens,
+            rank=rank, tokens=config.traffic.least_tokens, introduced=introduced,
         )  # fmt: skip
         log.info("load: %d users are known at %s", config.marked, url)
 
