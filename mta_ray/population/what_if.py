@@ -173,8 +173,8 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
         best = max(rows, key=lambda row: row["score"])
         values = " and ".join(f"{row['value']:g}" for row in rows if row["score"] == best["score"])
         lead = (
-            f"{report['metric']} is {best['score']:.3f}{f', best, at {values}' if len(rows) > 1 else ''}; without "
-            f"personalising {report['score_without']:.3f}."
+            f"{report['metric']} is {'best ' if len(rows) > 1 else ''}at {values} ({best['score']:.3f}; without "
+            f"personalising {report['score_without']:.3f})."
         )
         table = [("value", report["metric"], "gain", "95% interval", "bytes of a route")]
         table += [
