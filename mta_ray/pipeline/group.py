@@ -166,7 +166,7 @@ def _run_group(loop: _Loop, settings: list[ray.ObjectRef], config: GroupConfig, 
         resources["GPU"] = config.gpus_per_worker
     _remove_storage_of_the_dead()
     with tempfile.TemporaryDirectory(prefix=f"{STORAGE}{os.getpid()}-") as storage:
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             loop,
             train_loop_config={"settings": settings[0], "cpus": cpus},
             scaling_config=ray.train.ScalingConfig(
@@ -187,6 +187,14 @@ def _run_group(loop: _Loop, settings: list[ray.ObjectRef], config: GroupConfig, 
             torch_config=_Listening(backend="nccl" if config.gpus_per_worker else "gloo"),
         )
         trainer.fit()
+
+
+class _Trainer(TorchTrainer):
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without the process that frees what a killed controller had set apart: it asks the dashboard every second,
+        for ever then, and a cluster of one machine has none. `sweep_devices` does its work."""
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [one for one in callbacks if type(one).__name__ != "PlacementGroupCleanerCallback"]
 
 
 def _remove_storage_of_the_dead() -> None:
