@@ -28,7 +28,10 @@ class Users(BaseHTTPRequestHandler):
         number = self._number()
         if self.busy and self.busy.pop():
             return self._say(503, {})
-        self._say(200, {"stack_status": self.there[number]}) if number in self.there else self._say(404, {})
+        if number not in self.there:
+            return self._say(404, {})
+        state = self.there[number]
+        self._say(200, ["odd"] if state == "odd" else {"stack_status": state})
 
     def do_DELETE(self) -> None:
         number = self._number()
@@ -39,7 +42,7 @@ class Users(BaseHTTPRequestHandler):
     def _number(self) -> int:
         return int(self.path.removeprefix("/v1/users/x-"))
 
-    def _say(self, status: int, answer: dict) -> None:
+    def _say(self, status: int, answer: dict | list) -> None:
         body = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(body)))
@@ -105,6 +108,7 @@ def after(server: type[Users], there: dict[int, str]) -> Afterwards:
         (TRUE | {1: "none", 9: "none", 11: "ready"}, {"not_deleted": 3}),
         ({n: state for n, state in TRUE.items() if n not in (2, 5)}, {"lost": 2}),
         (TRUE | {3: "none"}, {"stacks_unknown": 1}),
+        (TRUE | {3: "odd"}, {"stacks_unknown": 1}),
         (TRUE | {7: "none"}, {}),
         ({n: state for n, state in TRUE.items() if n != 6}, {}),
     ],

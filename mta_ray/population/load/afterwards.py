@@ -72,10 +72,17 @@ def _look(http: httpx.Client, path: str, expected: tuple[bool | None, bool], tol
         told.not_deleted += 1
     elif is_there and view.status_code == 404:
         told.lost += 1
-    elif is_there and has_stack and view.json().get("stack_status", "none") == "none":
+    elif is_there and has_stack and not _knows_a_stack(view):
         told.stacks_unknown += 1
     if _ask(http, "DELETE", path).status_code not in (200, 404) or _ask(http, "GET", path).status_code != 404:
         told.not_removed += 1
+
+
+def _knows_a_stack(view: httpx.Response) -> bool:
+    try:
+        return bool(view.json().get("stack_status", "none") != "none")
+    except (ValueError, AttributeError):  # no JSON, or no object
+        return False
 
 
 def _ask(http: httpx.Client, method: str, path: str) -> httpx.Response:
