@@ -5,17 +5,15 @@ asked for is known; then the run's users are removed, and looked for once more.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 import httpx
 
+from mta_ray.population.load.patience import patient
 from mta_ray.population.load.rows import Row
 
 log = logging.getLogger(__name__)
-TRIES = 3
-"""Of a request that is refused, a second apart."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,12 +84,9 @@ def _knows_a_stack(view: httpx.Response) -> bool:
 
 
 def _ask(http: httpx.Client, method: str, path: str) -> httpx.Response:
-    for left in reversed(range(TRIES)):
-        answer = http.request(method, path)
-        if answer.status_code != 503:
-            return answer
-        if left:
-            time.sleep(1.0)
+    answer = patient(http, method, path)
+    if answer.status_code != 503:
+        return answer
     raise _Busy
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from mta_ray.lora.fusion_config import FusionConfig
 from mta_ray.model.backbone import Backbone, merge
 from mta_ray.model.batches import whole_prompt_ids
 from mta_ray.personalize.merge_then_adapt import encode, route_users
+from mta_ray.population.load.patience import patient
 from mta_ray.similarity.embedding import Encoder
 
 Anchors = tuple[tuple[int, float], ...]
@@ -35,8 +35,6 @@ NEAR = 1e-4
 """Two cosines that are closer than this may change places by rounding."""
 SAME_WEIGHT = 1e-3
 """Weights that differ by less are the same but for rounding."""
-TRIES, PATIENCE_S = 5, 10.0
-"""To introduce a user to a service that is busy, and how long to wait in between at most."""
 ATTEMPTS = 8
 """Stacks that are drawn for a user before there must be one whose answer is nobody else's."""
 
@@ -237,15 +235,10 @@ def put_stack(http: httpx.Client, name: str, own: Adapter) -> None:
 
 
 def _put(http: httpx.Client, path: str, **sent: Any) -> httpx.Response:
-    """The answer, after a few tries where the service asks for patience; anything but success is a ValueError."""
-    for left in reversed(range(TRIES)):
-        answer = http.put(path, **sent)
-        if answer.is_success:
-            return answer
-        if answer.status_code != 503 or not left:
-            break
-        asked_s = answer.headers.get("retry-after", "")
-        time.sleep(min(float(asked_s), PATIENCE_S) if asked_s.isdigit() else 1.0)
+    """The answer; anything but success is a ValueError."""
+    answer = patient(http, "PUT", path, **sent)
+    if answer.is_success:
+        return answer
     raise ValueError(
         f"the endpoint answered {answer.status_code} to PUT {path} before the run: {answer.text[:300]}; see to the "
         "service, its API key and its limits"
