@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import httpx
 import pytest
+from small_server import SmallServer
 
 from mta_ray.population.load.afterwards import Afterwards, leave
 from mta_ray.population.load.rows import Row
@@ -18,7 +18,7 @@ KNOWN = 6
 STUBBORN = 8
 
 
-class Users(BaseHTTPRequestHandler):
+class Users(SmallServer):
     """Has some users, by number, with the state of their stack; one of them cannot be deleted."""
 
     there: dict[int, str]
@@ -27,30 +27,20 @@ class Users(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         number = self._number()
         if self.busy and self.busy.pop():
-            return self._say(503, {})
+            return self.say(503, {})
         if number not in self.there:
-            return self._say(404, {})
+            return self.say(404, {})
         state = self.there[number]
-        self._say(200, ["odd"] if state == "odd" else {"stack_status": state})
+        self.say(200, ["odd"] if state == "odd" else {"stack_status": state})
 
     def do_DELETE(self) -> None:
         number = self._number()
         if number != STUBBORN:
             self.there.pop(number, None)
-        self._say(200, {})
+        self.say(200, {})
 
     def _number(self) -> int:
         return int(self.path.removeprefix("/v1/users/x-"))
-
-    def _say(self, status: int, answer: dict | list) -> None:
-        body = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 @pytest.fixture

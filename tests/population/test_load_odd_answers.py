@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from small_server import SmallServer
 
 from mta_ray.artifacts import open_artifact
 from mta_ray.population.load.rows import Row, RunSettings
@@ -46,7 +47,7 @@ TRAFFIC = TrafficConfig(
 """Everybody is new."""
 
 
-class Odd(BaseHTTPRequestHandler):
+class Odd(SmallServer):
     """By the user's number, which begins with USERS: an odd answer of each kind in turn; never one where `is_right`."""
 
     protocol_version = "HTTP/1.1"
@@ -57,34 +58,34 @@ class Odd(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["content-length"]))
         user = int(self.path.split("/")[3].rsplit("-", 1)[1])
         is_odd = self.mood == "odd" and user % 2
-        self._say(200, STATES[user // 2 % len(STATES)] if is_odd else {"anchors": [{"slot": 0, "weight": 1.0}]})
+        self.say(200, STATES[user // 2 % len(STATES)] if is_odd else {"anchors": [{"slot": 0, "weight": 1.0}]})
 
     def do_DELETE(self) -> None:
-        self._say(200, {})
+        self.say(200, {})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         user, is_stream = int(body["user"].rsplit("-", 1)[1]), body.get("stream", False)
         if self.mood == "dead":
-            self._say(500, b"\xff\xfe")  # not even text
+            self.say(500, b"\xff\xfe")  # not even text
         elif self.mood == "waits":
             if body["user"] in self.refused:
                 self._whole_or_stream(is_stream)
             else:
                 self.refused.add(body["user"])
-                self._say(503, {"error": {}}, WAITS[user % len(WAITS)][0])
+                self.say(503, {"error": {}}, WAITS[user % len(WAITS)][0])
         elif self.mood == "drip":
             self._drip(is_stream)
         elif is_stream:
             self._stream([{"choices": [{"text": "a"}]}, EVENTS[user % len(EVENTS)]])
         else:
-            self._say(200, WHOLE[user % len(WHOLE)])
+            self.say(200, WHOLE[user % len(WHOLE)])
 
     def _whole_or_stream(self, is_stream: bool) -> None:
         if is_stream:
             self._stream([RIGHT, {"choices": [], "usage": USAGE}])
         else:
-            self._say(200, RIGHT)
+            self.say(200, RIGHT)
 
     def _drip(self, is_stream: bool) -> None:
         """A comment again and again, or a right answer whose end never comes."""
@@ -111,18 +112,6 @@ class Odd(BaseHTTPRequestHandler):
 
     def _chunk(self, chunk: bytes) -> None:
         self.wfile.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
-
-    def _say(self, status: int, answer: object, retry_after: str | None = None) -> None:
-        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        self.send_response(status)
-        if retry_after is not None:
-            self.send_header("retry-after", retry_after)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
