@@ -66,12 +66,13 @@ def test_the_engine_is_measured(tmp_path: Path) -> None:
 
 
 def test_the_report_is_made_of_its_figures_alone(tmp_path: Path) -> None:
+    each = [{"predicted": 1.0, "measured": 2.0}, {"predicted": 3.0, "measured": 4.0}]
     validation = {
         "can_per_s": 10.0,
         "loads": [
-            {"share": 0.5, "per_s": 5.0, "others_cpus": 0.1}
+            {"share": 0.5, "per_s": 5.0, "others_cpus": [0.1, 0.2], "paces": [1.0, 1.25]}
             | compare([], [{"status": 200, "ttft_ms": 1.0, "total_ms": 2.0}, {"status": 503}])
-            | {"each_run": dict.fromkeys(("ttft_ms_p50", "ttft_ms_p99", "total_ms_p50", "total_ms_p99"), [1.0, 3.0])}
+            | {"each_run": dict.fromkeys(("ttft_ms_p50", "ttft_ms_p99", "total_ms_p50", "total_ms_p99"), each)}
         ],
         "calibration": {"one_at_a_time": [{"tokens": 4, "simulated_total_ms": 9.0, "total_ms_p50": 8.0}]},
         "engine": {"fit": {"samples": 9, "error_p50": 0.01, "error_p95": 0.05}},
@@ -83,7 +84,9 @@ def test_the_report_is_made_of_its_figures_alone(tmp_path: Path) -> None:
     assert len(sections(report)) == 3 and len(tables(report)) == 1
     report = json.loads(json.dumps(report | {"validation": validation}))
     assert [section.title for section in sections(report)][-1] == "Predicted against measured"
-    assert "50%: 1/3, 1/3, 1/3, 1/3" in " ".join(sections(report)[-1].notes)
+    notes = " ".join(sections(report)[-1].notes)
+    assert f"50%: {', '.join(['1 / 2 and 3 / 4'] * 4)}." in notes
+    assert "took 0.1, 0.2 CPUs" in notes and "took 1.00, 1.25 times" in notes
     assert len(tables(report)) == 2
 
 

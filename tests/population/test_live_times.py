@@ -97,6 +97,29 @@ def test_work_that_takes_longer_beside_other_work_is_found_again() -> None:
     assert [factor for _, factor in found] == pytest.approx([0.9, 1.1, 1.3], abs=0.04)
 
 
+def test_the_pace_of_a_slower_machine_is_found_again() -> None:
+    """Of the same closed loop, on a machine on which all takes 1.4 times as long, and beside another program."""
+    pod, times = PodConfig(replicas=1, cores=2), replace(KNOWN, longer=((2.0, 1.1), (8.0, 1.3)))
+    run = {"clients": 4, "tokens": 16.0, "prompt_tokens": float(PROMPT), "others_cpus": 0.0}
+    run["simulated_total_ms"] = live_times._at_once(times, pod, run, "total_ms")
+    run["total_ms_p50"] = 1.1 * run["simulated_total_ms"]  # the calibration's own error is no pace
+    assert live_times.pace_of(times, pod, run, run) == pytest.approx(1.0)
+    for others in (0.0, 0.6):
+        now = run | {"others_cpus": others}
+        now["total_ms_p50"] = 1.1 * live_times._at_once(times.at_pace(1.4), pod, now, "total_ms")
+        assert live_times.pace_of(times, pod, run, now) == pytest.approx(1.4, abs=0.06)
+
+
+def test_at_another_pace_a_client_alone_waits_so_many_times_as_long() -> None:
+    times = replace(KNOWN, stack_load_ms=2.0)
+    asked = [Arrival(n * 5.0, n, PROMPT, 16, has_stack=True) for n in range(20)]
+    took = [
+        np.array([(o.ttft_ms, o.total_ms) for o in simulate_pod(asked, POD, one).outcomes])
+        for one in (times, times.at_pace(2.5))
+    ]
+    assert took[1] == pytest.approx(2.5 * took[0], rel=0.02)  # the engine lets others in between by the clock
+
+
 def test_others_are_what_neither_the_service_nor_its_client_took() -> None:
     seen = Seen(
         seconds=10.0, machine_ms=9_000.0, used={"proxy": Usage(1_000.0, 500.0, 0.0), "x": Usage(0.0, 0.0, 2_500.0)}

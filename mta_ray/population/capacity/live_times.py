@@ -181,6 +181,11 @@ def ask(url: str, requests: Sequence[Mapping[str, Any]], *, clients: int) -> dic
     return dict(json.loads(done.stdout))
 
 
+def closed_loop(body: Mapping[str, Any], users: Sequence[str], config: CalibrationConfig) -> list[dict[str, Any]]:
+    """What clients ask who wait for their answers."""
+    return [{"body": {**body, "user": users[n % len(users)]}} for n in range(config.requests)]
+
+
 def calibrate(
     url: str,
     body: Mapping[str, Any],
@@ -194,14 +199,14 @@ def calibrate(
     """Service times, and the facts behind them. `body`: a streamed completion's, without max_tokens."""
     # 1. CPU times at each length of answer, of one client alone, and of a few at once
     meter = Meter()
-    requests = [{"body": {**body, "user": users[n % len(users)]}} for n in range(config.requests)]
+    requests = closed_loop(body, users, config)
     ask(url, _of_length(requests, max(config.answer_tokens)), clients=config.clients[-1])
     idle = meter.idle()
     runs: dict[int, list[dict[str, Any]]] = {clients: [] for clients in (1, *config.clients)}
     for clients, each in runs.items():
         for tokens in config.answer_tokens:
             with meter.watch() as seen:
-                told = ask(url, _of_length(requests * (1 + clients // ROUND), tokens), clients=clients)
+                told = ask(url, _of_length(_enough(requests, clients), tokens), clients=clients)
             each.append(_run_of(told, seen, idle, step) | {"clients": clients})
     alone, some, crowd = runs[1], [runs[clients] for clients in config.clients], runs[config.clients[-1]]
 
@@ -240,16 +245,61 @@ def calibrate(
     }
 
 
+class Pace:
+    """How fast the machine is now: one of a calibration's closed loops again, beside what it was then.
+
+    Where others share the machine, the same work takes half as long again a minute later. A prediction takes service
+    times as given; this gives those of the day, and nothing of the load that is predicted.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        url: str,
+        requests: Sequence[Mapping[str, Any]],
+        times: ServiceTimes,
+        pod: PodConfig,
+        known: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """`known`: the calibration's runs `at_once`, the middle one of which is done again. `requests`: its own."""
+        self._meter, self._url, self._times, self._pod = meter, url, times, pod
+        self._known = known[len(known) // 2]
+        self._requests = _of_length(_enough(requests, self._known["clients"]), round(self._known["tokens"]))
+
+    def now(self) -> float:
+        """How many times as long all work takes as when the times were measured; other programs count apart."""
+        with self._meter.watch() as seen:
+            told = ask(self._url, self._requests, clients=self._known["clients"])
+        total_ms = float(np.median([answer["total_ms"] for answer in _answered(told)]))
+        now = {**self._known, "total_ms_p50": total_ms, "others_cpus": seen.others_cpus(told["life_cpu_ms"])}
+        return pace_of(self._times, self._pod, self._known, now)
+
+
+def pace_of(times: ServiceTimes, pod: PodConfig, known: Mapping[str, Any], now: Mapping[str, Any]) -> float:
+    """The pace of a closed loop: its median answer over the simulated one, and that over the calibration's own."""
+    then = known["total_ms_p50"] / known["simulated_total_ms"]
+    return float(now["total_ms_p50"] / _at_once(times, pod, now, "total_ms") / then)
+
+
+def _answered(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    answers: list[dict[str, Any]] = told["requests"]
+    bad = [answer for answer in answers if answer["status"] != 200]
+    if bad:
+        raise RuntimeError(f"{len(bad)} of {len(answers)} requests of a calibration failed, the first: {bad[0]}")
+    return answers
+
+
+def _enough(requests: Sequence[Mapping[str, Any]], clients: int) -> list[Mapping[str, Any]]:
+    return list(requests) * (1 + clients // ROUND)
+
+
 def _of_length(requests: Sequence[Mapping[str, Any]], tokens: int) -> list[dict[str, Any]]:
     return [{**request, "body": {**request["body"], "max_tokens": tokens}} for request in requests]
 
 
 def _run_of(told: Mapping[str, Any], seen: Seen, idle: Seen, step: StepTime) -> dict[str, Any]:
     """One length of answer: CPU milliseconds of each process a request, and the client's clock."""
-    answers = told["requests"]
-    bad = [answer for answer in answers if answer["status"] != 200]
-    if bad:
-        raise RuntimeError(f"{len(bad)} of {len(answers)} requests of a calibration failed, the first: {bad[0]}")
+    answers = _answered(told)
     count = len(answers) + WARM
     run: dict[str, Any] = {
         "tokens": float(np.mean([answer["tokens"] for answer in answers])),

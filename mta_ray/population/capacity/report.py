@@ -207,12 +207,17 @@ def _validation_section(validation: Mapping[str, Any]) -> Section:
     shown = ", ".join(
         f"{run['tokens']:.0f} tokens {run['simulated_total_ms']:.0f} / {run['total_ms_p50']:.0f} ms" for run in alone
     )
-    others = ", ".join(f"{load['others_cpus']:.1f}" for load in loads)
+    others, paces = (
+        "; ".join(", ".join(f"{one:.{digits}f}" for one in load[name]) for load in loads)
+        for name, digits in (("others_cpus", 1), ("paces", 2))
+    )
     apart = "; ".join(
         f"{load['share']:.0%}: "
-        + ", ".join("/".join(f"{ms:.0f}" for ms in load["each_run"][clock]) for clock in CLOCKS)
+        + ", ".join(
+            " and ".join(f"{run['predicted']:.0f} / {run['measured']:.0f}" for run in load["each_run"][clock])
+            for clock in CLOCKS
+        )
         for load in loads
-        if "each_run" in load
     )
     return Section(
         title="Predicted against measured",
@@ -224,7 +229,8 @@ def _validation_section(validation: Mapping[str, Any]) -> Section:
             "Known to the model: step times of the engine by itself, CPU times of the processes while one client asks "
             "alone and a few ask at once, each waiting for its answer, what they waited for, and the arrivals.",
             f"Loads are shares of {validation['can_per_s']:.1f} requests/s, which the model says this service can do. "
-            f"Other programs took {others} CPUs meanwhile, which the model is told.",
+            f"Told to the model, of each run: other programs took {others} CPUs, and all work took {paces} times as "
+            "long as at the calibration (by clients who wait for their answers, asked before and after the run).",
             f"What was measured is all runs of a load together. Each run by itself, ms, in the order above: {apart}.",
             f"Step fit: {fit['samples']} mixtures, error p50 {fit['error_p50']:.1%}, p95 {fit['error_p95']:.1%}. "
             f"One at a time, simulated / measured: {shown}.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from scipy.optimize import nnls
 from mta_ray.settings import settings_of
 
 T = TypeVar("T")
+Part = TypeVar("Part", "StepTime", "ProcessTime")
 PLACEHOLDER = "placeholder"
 """The source of times that nobody has measured."""
 TURNS_MAX = 64
@@ -142,6 +143,16 @@ class ServiceTimes:
                 f"{LONGER[0]} to {LONGER[1]}"
             )
 
+    def at_pace(self, pace: float) -> ServiceTimes:
+        """The same service where all that it does takes `pace` times as long."""
+        return replace(
+            self,
+            away_ms=self.away_ms * pace,
+            pause_ms=self.pause_ms * pace,
+            stack_load_ms=self.stack_load_ms * pace,
+            **{name: _paced(getattr(self, name), pace) for name in ("step", "proxy", "ingress", "replica", "client")},
+        )
+
     @no_type_check
     def longer_with(self, requests: float) -> float:
         """How much longer work takes while so many requests are under way for each replica."""
@@ -223,6 +234,11 @@ def read_times(path: str | Path) -> ServiceTimes:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; write it with --measure, or add what was measured")
     return read
+
+
+def _paced(times: Part, pace: float) -> Part:
+    named = [entry.name for entry in fields(times) if entry.name.endswith("_ms")]
+    return replace(times, **{name: getattr(times, name) * pace for name in named})
 
 
 def _check_times(times: StepTime | ProcessTime) -> None:

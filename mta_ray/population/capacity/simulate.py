@@ -28,6 +28,7 @@ from mta_ray.population.capacity.validate import ValidateConfig, validate_live, 
 log = logging.getLogger(__name__)
 KIND = "capacity"
 TIMES = "service_times.json"
+LOADS = "validation.parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class SimulateCapacityConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     """How much is simulated."""
     out: str = "runs/capacity"
-    """Folder of report.html, report.json and service_times.json."""
+    """Folder of report.html, report.json and service_times.json; of a validation also all its requests."""
     force: bool = False
     """Do it again although the report is there; times that were measured are measured again."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -94,7 +95,7 @@ def simulate_capacity(config: SimulateCapacityConfig) -> str:
 
     with publish(config.out, kind=KIND, settings=settings, inputs=inputs) as draft:
         # 1. service times
-        times, report = _times(config)
+        times, report = _times(config, draft.path)
 
         # 2. what one replica can take, and from it the fleet
         planner = Planner(
@@ -150,8 +151,8 @@ def _device(name: str, measuring: MeasureConfig) -> str:
     return f"{measuring.threads} CPU thread{'s' if measuring.threads > 1 else ''}" if name == "cpu" else name
 
 
-def _times(config: SimulateCapacityConfig) -> tuple[ServiceTimes, dict[str, Any]]:
-    """The times, and the report so far."""
+def _times(config: SimulateCapacityConfig, folder: Path) -> tuple[ServiceTimes, dict[str, Any]]:
+    """The times, and the report so far; a validation's requests go into the folder."""
     report: dict[str, Any] = {"simulation": "capacity"}
     for name in ("fleet", "traffic", "demand", "target", "sample"):
         report[name] = asdict(getattr(config, name))
@@ -169,7 +170,7 @@ def _times(config: SimulateCapacityConfig) -> tuple[ServiceTimes, dict[str, Any]
         )
         report["engine"] = asdict(engine)
     if config.validate:
-        live, report["validation"] = validate_live(config.validation, config.traffic)
+        live, report["validation"] = validate_live(config.validation, config.traffic, folder / LOADS)
         times = times or live
     assert times is not None
     return times, report

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from ray import serve
@@ -24,9 +25,17 @@ from mta_ray.model.backbone import EMBEDDED
 from mta_ray.model.settings import EngineConfig
 from mta_ray.personalize.base_model import open_base
 from mta_ray.population.capacity.arrivals import Arrival, TrafficConfig, poisson_arrivals
-from mta_ray.population.capacity.live_times import OTHERS_MAX, CalibrationConfig, Meter, ask, calibrate
+from mta_ray.population.capacity.live_times import (
+    OTHERS_MAX,
+    CalibrationConfig,
+    Meter,
+    Pace,
+    ask,
+    calibrate,
+    closed_loop,
+)
 from mta_ray.population.capacity.measure_engine import MeasureConfig, measure_engine
-from mta_ray.population.capacity.service_model import Outcome, PodConfig, saturation_per_s, simulate_pod
+from mta_ray.population.capacity.service_model import Outcome, PodConfig, PodRun, saturation_per_s, simulate_pod
 from mta_ray.population.capacity.service_times import ServiceTimes
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.database import open_database
@@ -88,8 +97,23 @@ class ValidateConfig:
             raise ValueError("seconds is at least 5; users, max_requests, prompt_words, answer_tokens_max at least 1")
 
 
-def validate_live(config: ValidateConfig, traffic: TrafficConfig) -> tuple[ServiceTimes, dict[str, Any]]:
-    """Measure, calibrate, predict, then load the service and compare; the times, and the comparison."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a load."""
+
+    others: float
+    """CPUs that other programs took beside it."""
+    pace: float
+    """How many times as long all work took then as at the calibration."""
+    answers: list[dict[str, Any]]
+    """What the client was told, in the order of the arrivals."""
+
+
+def validate_live(config: ValidateConfig, traffic: TrafficConfig, to: Path) -> tuple[ServiceTimes, dict[str, Any]]:
+    """Measure, calibrate, predict, then load the service and compare; the times, and the comparison.
+
+    `to`: a Parquet file of all requests of the loads, measured and predicted.
+    """
     # 1. the engine by itself, while nothing else runs
     engine = measure_engine(
         config.base, MeasureConfig(max_requests=config.max_requests, stack_slots=config.max_requests)
@@ -124,24 +148,39 @@ def validate_live(config: ValidateConfig, traffic: TrafficConfig) -> tuple[Servi
 
             # 3. loads that were not looked at before
             can_per_s = saturation_per_s(pod, times, replace(traffic, prompt_tokens=float(facts["prompt_tokens"])))
-            meter, loads = Meter(), []
+            meter, loads, rows = Meter(), [], []
+            asked = closed_loop(body, users, config.calibration)
+            pace = Pace(meter, url, asked, times, pod, facts["at_once"])
             for number, share in enumerate(config.loads):
-                drawn = _arrivals(config, traffic, share * can_per_s, facts["prompt_tokens"], config.seed + number)
+                per_s = share * can_per_s / pace.now()
+                drawn = _arrivals(config, traffic, per_s, facts["prompt_tokens"], config.seed + number)
                 asked = [_request(body, users, arrival) for arrival in drawn]
-                runs = [_least_disturbed(config, meter, url, asked) for _ in range(config.repeats)]
+                runs = [_least_disturbed(config, meter, pace, url, asked) for _ in range(config.repeats)]
                 # As the arrivals, what else the machine did is not the service's doing: the prediction is told it.
-                others = min(float(np.mean([took for took, _ in runs])), OTHERS_MAX * (pod.cores or 1))
-                predicted = simulate_pod(drawn, replace(pod, others=others), times).outcomes
-                answers = [answer for _, told in runs for answer in told["requests"]]
-                each = [compare(predicted, told["requests"])["clocks"] for _, told in runs]
+                said = [
+                    simulate_pod(drawn, replace(pod, others=_at_most(run.others, pod)), times.at_pace(run.pace))
+                    for run in runs
+                ]
+                each = [compare(one.outcomes, run.answers)["clocks"] for one, run in zip(said, runs, strict=True)]
                 loads.append(
-                    {"share": share, "per_s": share * can_per_s, "others_cpus": others}
-                    | compare(list(predicted) * config.repeats, answers)
-                    | {"each_run": {clock: [run[clock]["measured"] for run in each] for clock in each[0]}}
+                    {
+                        "share": share,
+                        "per_s": per_s,
+                        "others_cpus": [run.others for run in runs],
+                        "paces": [run.pace for run in runs],
+                    }
+                    | compare([o for one in said for o in one.outcomes], [a for run in runs for a in run.answers])
+                    | {"each_run": {clock: [run[clock] for run in each] for clock in each[0]}}
                 )
+                rows += [
+                    row | {"share": share, "run": n}
+                    for n, (one, run) in enumerate(zip(said, runs, strict=True))
+                    for row in _rows(drawn, one, run)
+                ]
                 log.info("load %.0f%% compared", share * 100)
         finally:
             serve.shutdown()
+    pq.write_table(pa.Table.from_pylist(rows), to)
     return times, {
         "can_per_s": can_per_s,
         "loads": loads,
@@ -218,17 +257,36 @@ def compare(predicted: Sequence[Outcome], measured: Sequence[Mapping[str, Any]])
 
 
 def _least_disturbed(
-    config: ValidateConfig, meter: Meter, url: str, requests: Sequence[Mapping[str, Any]]
-) -> tuple[float, dict[str, Any]]:
-    """CPUs that others took beside the load, and what the clients were told, at the quietest try."""
-    tried: list[tuple[float, dict[str, Any]]] = []
+    config: ValidateConfig, meter: Meter, pace: Pace, url: str, requests: Sequence[Mapping[str, Any]]
+) -> Run:
+    """The try of the load beside which other programs did least; the machine's pace is that before and after it."""
+    tried: list[Run] = []
+    before = pace.now()
     for _ in range(config.tries):
         with meter.watch() as seen:
             told = ask(url, requests, clients=0)
-        tried.append((seen.others_cpus(told["life_cpu_ms"]), told))
-        if tried[-1][0] <= config.disturbed_cpus:
+        after = pace.now()
+        tried.append(Run(seen.others_cpus(told["life_cpu_ms"]), math.sqrt(before * after), told["requests"]))
+        if tried[-1].others <= config.disturbed_cpus:
             break
-    return min(tried, key=lambda one: one[0])
+        before = after
+    return min(tried, key=lambda run: run.others)
+
+
+def _at_most(others: float, pod: PodConfig) -> float:
+    return min(others, OTHERS_MAX * (pod.cores or 1))
+
+
+def _rows(drawn: Sequence[Arrival], said: PodRun, run: Run) -> list[dict[str, Any]]:
+    """Each request with what was measured of it and what was predicted."""
+    of = {id(outcome.arrival): outcome for outcome in said.outcomes}
+    return [
+        asdict(arrival)
+        | {clock: answer[clock] for clock in ("status", *CLOCKS)}
+        | {f"predicted_{clock}": getattr(of[id(arrival)], clock) for clock in ("status", *CLOCKS)}
+        | {"pace": run.pace, "others_cpus": run.others}
+        for arrival, answer in zip(drawn, run.answers, strict=True)
+    ]
 
 
 def _arrivals(
