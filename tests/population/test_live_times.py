@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mta_ray.population.capacity import live_times
+from mta_ray.population.capacity import closed_loops, live_times
 from mta_ray.population.capacity.arrivals import Arrival
-from mta_ray.population.capacity.live_times import Seen, Usage
+from mta_ray.population.capacity.closed_loops import Clocks, Loop
+from mta_ray.population.capacity.meter import PROCESSES, WARM, Seen, Usage
 from mta_ray.population.capacity.service_model import PodConfig, simulate_pod
 from mta_ray.population.capacity.service_times import ProcessTime, ServiceTimes, StepTime
 
@@ -81,33 +82,54 @@ def test_what_a_client_alone_waits_for_besides_is_found_again() -> None:
     assert found.away_ms == 0 and found.after_share == pytest.approx(0.4, abs=0.02)
 
 
+def _loop(clients: int, *, others: float = 0.0) -> Loop:
+    return Loop(
+        clients=clients,
+        prompt_tokens=float(PROMPT),
+        clocks=tuple(Clocks(tokens=float(tokens), ttft_ms=0.0, total_ms=0.0) for tokens in (4, 16)),
+        others_cpus=others,
+    )
+
+
 def test_work_that_takes_longer_beside_other_work_is_found_again() -> None:
     """Clients at once, of whom a service was measured whose work takes longer than its CPU times say."""
     pod, wanted = PodConfig(replicas=1, cores=2), ((2.0, 0.9), (4.0, 1.1), (8.0, 1.3))
-    measured = []
-    for clients, _ in wanted:
-        runs = []
-        for tokens in (4, 16):
-            run = {"clients": int(clients), "tokens": float(tokens), "prompt_tokens": float(PROMPT), "others_cpus": 0.0}
-            took_ms = live_times._at_once(replace(KNOWN, longer=wanted), pod, run, "total_ms")
-            runs.append(run | {"total_ms_p50": took_ms})
-        measured.append(runs)
-    found = live_times._with_longer(KNOWN, pod, measured).longer
-    assert [clients for clients, _ in found] == [2, 4, 8]
-    assert [factor for _, factor in found] == pytest.approx([0.9, 1.1, 1.3], abs=0.04)
+    slow = replace(KNOWN, longer=wanted)
+    measured = [closed_loops.simulate_loop(slow, pod, _loop(int(clients))) for clients, _ in wanted]
+    found = closed_loops.with_longer(KNOWN, pod, measured)
+    assert [clients for clients, _ in found.longer] == [2, 4, 8]
+    assert [factor for _, factor in found.longer] == pytest.approx([0.9, 1.1, 1.3], abs=0.04)
+    assert closed_loops.late(found, pod, measured) < 0.3 * closed_loops.late(KNOWN, pod, measured)
+
+
+def test_in_a_loop_each_client_waits_for_its_own_answer() -> None:
+    """Two who share an engine without any other cost: what a request takes can be said without simulating."""
+    step = StepTime(fixed_ms=10.0, row_ms=0.0, prompt_ms=0.0, prompt_token_ms=0.0, python_share=0.0)
+    told = closed_loops.simulate_loop(ServiceTimes(step=step), PodConfig(replicas=1), _loop(2))
+    assert [clock.total_ms for clock in told.clocks] == pytest.approx([40.0, 160.0])  # a step a token, both in each
+    assert [clock.ttft_ms for clock in told.clocks] == pytest.approx([10.0, 10.0])
+
+
+def test_lengths_take_turns_in_a_loop() -> None:
+    asked = closed_loops.mixed([{"body": {"user": "a"}}, {"body": {"user": "b"}}], (4, 16, 40), 8)
+    assert [(r["body"]["user"], r["body"]["max_tokens"]) for r in asked] == [
+        ("a", 4), ("a", 16), ("a", 40), ("b", 4), ("b", 16), ("b", 40),
+    ] * 2  # fmt: skip
 
 
 def test_the_pace_of_a_slower_machine_is_found_again() -> None:
     """Of the same closed loop, on a machine on which all takes 1.4 times as long, and beside another program."""
     pod, times = PodConfig(replicas=1, cores=2), replace(KNOWN, longer=((2.0, 1.1), (8.0, 1.3)))
-    run = {"clients": 4, "tokens": 16.0, "prompt_tokens": float(PROMPT), "others_cpus": 0.0}
-    run["simulated_total_ms"] = live_times._at_once(times, pod, run, "total_ms")
-    run["total_ms_p50"] = 1.1 * run["simulated_total_ms"]  # the calibration's own error is no pace
-    assert live_times.pace_of(times, pod, run, run) == pytest.approx(1.0)
+
+    def seen(pace: float, others: float) -> Loop:
+        told = closed_loops.simulate_loop(times.at_pace(pace), pod, _loop(4, others=others))
+        # the calibration's own error is no pace
+        return replace(told, clocks=tuple(replace(clock, total_ms=1.1 * clock.total_ms) for clock in told.clocks))
+
+    known = seen(1.0, 0.0)
+    assert closed_loops.pace_of(times, pod, known, known) == pytest.approx(1.0)
     for others in (0.0, 0.6):
-        now = run | {"others_cpus": others}
-        now["total_ms_p50"] = 1.1 * live_times._at_once(times.at_pace(1.4), pod, now, "total_ms")
-        assert live_times.pace_of(times, pod, run, now) == pytest.approx(1.4, abs=0.06)
+        assert closed_loops.pace_of(times, pod, known, seen(1.4, others)) == pytest.approx(1.4, abs=0.06)
 
 
 def test_at_another_pace_a_client_alone_waits_so_many_times_as_long() -> None:
@@ -133,10 +155,10 @@ def test_a_runs_cpu_times_are_a_requests_without_what_an_idle_process_takes() ->
         "requests": [{"status": 200, "tokens": 4, "prompt_tokens": PROMPT, "ttft_ms": 9.0, "total_ms": 20.0}] * 17,
         "cpu_ms": 68.0, "python_ms": 51.0, "life_cpu_ms": 568.0,
     }  # fmt: skip
-    count = 17 + live_times.WARM
-    idle = Seen(seconds=4.0, used={name: Usage(8.0, 4.0, 0.0) for name in live_times.PROCESSES})
+    count = 17 + WARM
+    idle = Seen(seconds=4.0, used={name: Usage(8.0, 4.0, 0.0) for name in PROCESSES})
     engine_ms = STEP.of(0, count, count * PROMPT) + STEP.fixed_ms * (count * 4 - 1) + STEP.row_ms * count * 3
-    used = {name: Usage(8.0 / 4 * 10 + count * 2.0, 4.0 / 4 * 10 + count * 0.5, 0.0) for name in live_times.PROCESSES}
+    used = {name: Usage(8.0 / 4 * 10 + count * 2.0, 4.0 / 4 * 10 + count * 0.5, 0.0) for name in PROCESSES}
     used["replica"] = Usage(used["replica"].python, used["replica"].native, 1.25 * engine_ms)
     seen = Seen(seconds=10.0, machine_ms=10_000.0, used=used, steps=count * 4, tokens=count * 4)
     run = live_times._run_of(told, seen, idle, STEP)

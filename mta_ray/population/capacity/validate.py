@@ -24,17 +24,11 @@ from mta_ray.cluster import ClusterConfig, connect
 from mta_ray.model.backbone import EMBEDDED
 from mta_ray.model.settings import EngineConfig
 from mta_ray.personalize.base_model import open_base
-from mta_ray.population.capacity.arrivals import Arrival, TrafficConfig, poisson_arrivals
-from mta_ray.population.capacity.live_times import (
-    OTHERS_MAX,
-    CalibrationConfig,
-    Meter,
-    Pace,
-    ask,
-    calibrate,
-    closed_loop,
-)
+from mta_ray.population.capacity.arrivals import Arrival, TrafficConfig, draw_users, poisson_arrivals
+from mta_ray.population.capacity.closed_loops import Pace, at_most
+from mta_ray.population.capacity.live_times import CalibrationConfig, calibrate, closed_loop
 from mta_ray.population.capacity.measure_engine import MeasureConfig, measure_engine
+from mta_ray.population.capacity.meter import Meter, ask
 from mta_ray.population.capacity.service_model import Outcome, PodConfig, PodRun, saturation_per_s, simulate_pod
 from mta_ray.population.capacity.service_times import ServiceTimes
 from mta_ray.serving.args import ServingArgs
@@ -140,8 +134,12 @@ def validate_live(config: ValidateConfig, traffic: TrafficConfig, to: Path) -> t
                 "stream": True,
                 "stream_options": {"include_usage": True},
             }
-            times, facts = calibrate(
-                url, body, users, engine.fit.step, pod, config.calibration, stack_load_ms=engine.stack_load_ms
+            often = draw_users(
+                traffic.zipf, len(users), config.calibration.requests, np.random.default_rng(config.seed)
+            )
+            asking = [users[user] for user in often]  # as those of the loads
+            times, loops, facts = calibrate(
+                url, body, asking, engine.fit.step, pod, config.calibration, stack_load_ms=engine.stack_load_ms
             )
             source = f"a service of base {config.base} on {os.cpu_count()} CPUs, {times.source}"
             times = replace(times, source=source, base=config.base, device=engine.device)
@@ -149,8 +147,8 @@ def validate_live(config: ValidateConfig, traffic: TrafficConfig, to: Path) -> t
             # 3. loads that were not looked at before
             can_per_s = saturation_per_s(pod, times, replace(traffic, prompt_tokens=float(facts["prompt_tokens"])))
             meter, loads, rows = Meter(), [], []
-            asked = closed_loop(body, users, config.calibration)
-            pace = Pace(meter, url, asked, times, pod, facts["at_once"])
+            requests = closed_loop(body, asking, config.calibration)
+            pace = Pace(meter, url, requests, config.calibration.answer_tokens, times, pod, loops)
             for number, share in enumerate(config.loads):
                 per_s = share * can_per_s / pace.now()
                 drawn = _arrivals(config, traffic, per_s, facts["prompt_tokens"], config.seed + number)
@@ -158,7 +156,7 @@ def validate_live(config: ValidateConfig, traffic: TrafficConfig, to: Path) -> t
                 runs = [_least_disturbed(config, meter, pace, url, asked) for _ in range(config.repeats)]
                 # As the arrivals, what else the machine did is not the service's doing: the prediction is told it.
                 said = [
-                    simulate_pod(drawn, replace(pod, others=_at_most(run.others, pod)), times.at_pace(run.pace))
+                    simulate_pod(drawn, replace(pod, others=at_most(run.others, pod)), times.at_pace(run.pace))
                     for run in runs
                 ]
                 each = [compare(one.outcomes, run.answers)["clocks"] for one, run in zip(said, runs, strict=True)]
@@ -271,10 +269,6 @@ def _least_disturbed(
             break
         before = after
     return min(tried, key=lambda run: run.others)
-
-
-def _at_most(others: float, pod: PodConfig) -> float:
-    return min(others, OTHERS_MAX * (pod.cores or 1))
 
 
 def _rows(drawn: Sequence[Arrival], said: PodRun, run: Run) -> list[dict[str, Any]]:
