@@ -70,7 +70,7 @@ def test_the_report_is_made_of_its_figures_alone(tmp_path: Path) -> None:
     validation = {
         "can_per_s": 10.0,
         "loads": [
-            {"share": 0.5, "per_s": 5.0, "others_cpus": [0.1, 0.2], "paces": [1.0, 1.25]}
+            {"share": 0.5, "per_s": 5.0, "others_cpus": [0.1, 0.2], "paces": [[1.0, 1.25], [1.25, 1.5]]}
             | compare([], [{"status": 200, "ttft_ms": 1.0, "total_ms": 2.0}, {"status": 503}])
             | {"each_run": dict.fromkeys(("ttft_ms_p50", "ttft_ms_p99", "total_ms_p50", "total_ms_p99"), each)}
         ],
@@ -86,7 +86,7 @@ def test_the_report_is_made_of_its_figures_alone(tmp_path: Path) -> None:
     assert [section.title for section in sections(report)][-1] == "Predicted against measured"
     notes = " ".join(sections(report)[-1].notes)
     assert f"50%: {', '.join(['1 / 2 and 3 / 4'] * 4)}." in notes
-    assert "took 0.1, 0.2 CPUs" in notes and "took 1.00, 1.25 times" in notes
+    assert "took 0.1, 0.2 CPUs" in notes and "took 1.00 and 1.25, 1.25 and 1.50 times" in notes
     assert len(tables(report)) == 2
 
 

@@ -10,6 +10,7 @@ import pytest
 from mta_ray.population.capacity import closed_loops, live_times
 from mta_ray.population.capacity.arrivals import Arrival
 from mta_ray.population.capacity.closed_loops import Clocks, Loop
+from mta_ray.population.capacity.live_times import CalibrationConfig
 from mta_ray.population.capacity.meter import PROCESSES, WARM, Seen, Usage
 from mta_ray.population.capacity.service_model import PodConfig, simulate_pod
 from mta_ray.population.capacity.service_times import ProcessTime, ServiceTimes, StepTime
@@ -85,6 +86,7 @@ def test_what_a_client_alone_waits_for_besides_is_found_again() -> None:
 def _loop(clients: int, *, others: float = 0.0) -> Loop:
     return Loop(
         clients=clients,
+        requests=120,
         prompt_tokens=float(PROMPT),
         clocks=tuple(Clocks(tokens=float(tokens), ttft_ms=0.0, total_ms=0.0) for tokens in (4, 16)),
         others_cpus=others,
@@ -110,6 +112,29 @@ def test_in_a_loop_each_client_waits_for_its_own_answer() -> None:
     assert [clock.ttft_ms for clock in told.clocks] == pytest.approx([10.0, 10.0])
 
 
+def test_of_a_measured_loop_each_length_has_its_medians_without_the_first_ones() -> None:
+    def answer(n: int) -> dict:
+        if n < 5:  # five clients ask at once: nobody waits for that later
+            return {"tokens": 40, "prompt_tokens": 20, "ttft_ms": 1e6, "total_ms": 1e6}
+        tokens = (4, 16)[n % 2]
+        return {"tokens": tokens, "prompt_tokens": 20, "ttft_ms": tokens + n / 1e3, "total_ms": 10 * tokens + n / 1e3}
+
+    told = closed_loops.loop_of([answer(n) for n in range(20)], 2, 5, 0.25)
+    assert (told.clients, told.requests, told.prompt_tokens, told.others_cpus) == (5, 20, 20.0, 0.25)
+    assert [clock.ttft_ms for clock in told.clocks] == pytest.approx([4.012, 16.012])  # of 6, 8 … 18; of 5, 7 … 19
+    assert [clock.total_ms for clock in told.clocks] == pytest.approx([40.012, 160.012])
+
+
+def test_at_the_fewest_requests_some_are_left_of_every_length() -> None:
+    least = live_times.REQUESTS_MIN
+    with pytest.raises(ValueError, match=f"{least} requests"):
+        CalibrationConfig(requests=least - 1)
+    for clients in range(2, 100):
+        for lengths in ((1, 2), (1, 2, 3), (1, 2, 3, 4, 5)):
+            asked = closed_loops.mixed([{"body": {}}] * (least // 2), lengths, clients)
+            assert len(asked) >= clients + len(lengths)
+
+
 def test_lengths_take_turns_in_a_loop() -> None:
     asked = closed_loops.mixed([{"body": {"user": "a"}}, {"body": {"user": "b"}}], (4, 16, 40), 8)
     assert [(r["body"]["user"], r["body"]["max_tokens"]) for r in asked] == [
@@ -127,7 +152,7 @@ def test_the_pace_of_a_slower_machine_is_found_again() -> None:
         return replace(told, clocks=tuple(replace(clock, total_ms=1.1 * clock.total_ms) for clock in told.clocks))
 
     known = seen(1.0, 0.0)
-    assert closed_loops.pace_of(times, pod, known, known) == pytest.approx(1.0)
+    assert closed_loops.pace_of(times, pod, known, seen(1.0, 0.6)) == pytest.approx(1.0, abs=0.02)
     for others in (0.0, 0.6):
         assert closed_loops.pace_of(times, pod, known, seen(1.4, others)) == pytest.approx(1.4, abs=0.06)
 

@@ -22,13 +22,10 @@ OTHERS_MAX = 0.8
 """Share of the machine's CPUs that other programs are taken to have at most."""
 TRIED = (0.6, 2.5)
 """Within what work is taken to be longer than CPU times say, or shorter."""
-FACTORS_TRIED = 4
-"""So many steps of the secant method."""
+FACTORS_TRIED = 6
+"""So many steps of the secant method; the best counts, for medians of simulated answers jump a little."""
 ROUND = 8
 """For every so many clients at once, as many requests again."""
-AT_ONCE = 16
-"""Simulated requests of each client, of at least FEW_AT_ONCE in all."""
-FEW_AT_ONCE = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +42,7 @@ class Loop:
     """What so many clients saw."""
 
     clients: int
+    requests: int
     prompt_tokens: float
     clocks: tuple[Clocks, ...]
     """Of each length, in the order in which they take turns."""
@@ -67,29 +65,48 @@ def measure_loop(
     """A RuntimeError if a request fails."""
     with meter.watch() as seen:
         told = ask(url, mixed(requests, lengths, clients), clients=clients)
-    answers = answered(told)
-    of_length = [answers[n :: len(lengths)] for n in range(len(lengths))]
-    late = -(-clients // len(lengths))  # the first ones came all at once
-    return Loop(
-        clients=clients,
-        prompt_tokens=float(np.mean([answer["prompt_tokens"] for answer in answers])),
-        clocks=tuple(
+    return loop_of(answered(told), len(lengths), clients, seen.others_cpus(told["life_cpu_ms"]))
+
+
+def loop_of(answers: Sequence[Mapping[str, Any]], lengths: int, clients: int, others_cpus: float) -> Loop:
+    """Of answers in the order in which they were asked for, of so many lengths in turns."""
+    clocks = []
+    for number in range(lengths):
+        these = answers[number::lengths]
+        later = [answer for n, answer in enumerate(answers) if n % lengths == number and n >= clients]
+        clocks.append(  # the first ones came all at once
             Clocks(
                 tokens=float(np.mean([answer["tokens"] for answer in these])),
-                ttft_ms=float(np.median([answer["ttft_ms"] for answer in these[late:]])),
-                total_ms=float(np.median([answer["total_ms"] for answer in these[late:]])),
+                ttft_ms=float(np.median([answer["ttft_ms"] for answer in later])),
+                total_ms=float(np.median([answer["total_ms"] for answer in later])),
             )
-            for these in of_length
-        ),
-        others_cpus=seen.others_cpus(told["life_cpu_ms"]),
+        )
+    return Loop(
+        clients=clients,
+        requests=len(answers),
+        prompt_tokens=float(np.mean([answer["prompt_tokens"] for answer in answers])),
+        clocks=tuple(clocks),
+        others_cpus=others_cpus,
     )
+
+
+def middle_of(one: Loop, other: Loop) -> Loop:
+    """The same clients at two times: geometric means of the clocks."""
+    clocks = [
+        Clocks(
+            tokens=(a.tokens + b.tokens) / 2,
+            ttft_ms=math.sqrt(a.ttft_ms * b.ttft_ms),
+            total_ms=math.sqrt(a.total_ms * b.total_ms),
+        )
+        for a, b in zip(one.clocks, other.clocks, strict=True)
+    ]
+    return replace(one, clocks=tuple(clocks), others_cpus=(one.others_cpus + other.others_cpus) / 2)
 
 
 def simulate_loop(times: ServiceTimes, pod: PodConfig, loop: Loop) -> Loop:
     """What the same clients see of the simulated service."""
     lengths = [round(clock.tokens) for clock in loop.clocks]
-    count = max(FEW_AT_ONCE, loop.clients * AT_ONCE)
-    asked = [Arrival(0.0, n, round(loop.prompt_tokens), lengths[n % len(lengths)]) for n in range(count)]
+    asked = [Arrival(0.0, n, round(loop.prompt_tokens), lengths[n % len(lengths)]) for n in range(loop.requests)]
     pod = replace(pod, others=at_most(loop.others_cpus, pod))
     ended = simulate_pod(asked[: loop.clients], pod, times, then=asked[loop.clients :]).outcomes
     clocks = []
@@ -109,14 +126,16 @@ def with_longer(times: ServiceTimes, pod: PodConfig, measured: Sequence[Loop]) -
     for loop in measured:
         clients, factor, slope = float(loop.clients), known[-1][1] if known else 1.0, 1.0
         before: tuple[float, float] | None = None
+        found: list[tuple[float, float]] = []
         for _ in range(FACTORS_TRIED):
             tried = replace(times, longer=(*known, (clients, factor)))
-            late = math.log(over(loop, simulate_loop(tried, pod, loop)))
+            missing = math.log(over(loop, simulate_loop(tried, pod, loop)))
+            found.append((abs(missing), factor))
             if before is not None and abs(math.log(factor) - before[0]) > 1e-3:
-                slope = min(3.0, max(0.3, (before[1] - late) / (math.log(factor) - before[0])))
-            before = math.log(factor), late
-            factor = min(TRIED[1], max(TRIED[0], factor * math.exp(late / slope)))
-        known = (*known, (clients, factor))
+                slope = min(3.0, max(0.3, (before[1] - missing) / (math.log(factor) - before[0])))
+            before = math.log(factor), missing
+            factor = min(TRIED[1], max(TRIED[0], factor * math.exp(missing / slope)))
+        known = (*known, (clients, min(found)[1]))
     return replace(times, longer=known)
 
 
@@ -163,8 +182,8 @@ class Pace:
         pod: PodConfig,
         known: Sequence[Loop],
     ) -> None:
-        """`known`: the calibration's loops, the middle one of which is done again, with half of its requests."""
-        self._meter, self._url, self._requests, self._lengths = meter, url, requests[: -(-len(requests) // 2)], lengths
+        """`known`: the calibration's loops, the middle one of which is done again."""
+        self._meter, self._url, self._requests, self._lengths = meter, url, requests, lengths
         self._times, self._pod, self._known = times, pod, known[len(known) // 2]
 
     def now(self) -> float:

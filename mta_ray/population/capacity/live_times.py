@@ -21,6 +21,7 @@ from mta_ray.population.capacity.closed_loops import (
     at_most,
     late,
     measure_loop,
+    middle_of,
     simulate_loop,
     with_longer,
 )
@@ -32,31 +33,33 @@ ALONE = 40
 """Simulated requests of each length."""
 TURNS = (1, 2, 4, 8)
 """What `turns` may be."""
+REQUESTS_MIN = 10
+"""So that of half of them some are left without the first ones of each client, whatever the number of clients."""
 APART_S = 5.0
 """Between two requests of a simulated client that asks one at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationConfig:
-    """How one request at a time is measured."""
+    """How clients are measured who wait for their answers: one alone, and several at once."""
 
     answer_tokens: tuple[int, ...] = (4, 16, 40)
     """Lengths of answers: what grows with them is a token's, the rest a request's."""
     requests: int = 60
-    """Of each length."""
+    """Of each length; of more than 8 clients, as many again for every 8."""
     clients: tuple[int, ...] = (2, 4, 8, 16, 32)
     """Who ask at once, each again when it is answered: of each number it is seen how much longer work takes beside so
     much other work, and of the last, as many as keep every row busy, what a request costs."""
 
     def __post_init__(self) -> None:
-        if len(set(self.answer_tokens)) < 2 or min(self.answer_tokens) < 1 or self.requests < 5:
-            raise ValueError("wanted at least two different answer_tokens, and 5 requests")
+        if len(set(self.answer_tokens)) < 2 or min(self.answer_tokens) < 1 or self.requests < REQUESTS_MIN:
+            raise ValueError(f"wanted at least two different answer_tokens, and {REQUESTS_MIN} requests")
         if not self.clients or not all(a < b for a, b in pairwise((1, *self.clients))):
             raise ValueError(f"clients is {self.clients}, wanted at least one number, ascending from 2")
 
 
-def closed_loop(body: Mapping[str, Any], users: Sequence[str], config: CalibrationConfig) -> list[dict[str, Any]]:
-    """What clients ask who wait for their answers, each of its `max_tokens`."""
+def requests_of(body: Mapping[str, Any], users: Sequence[str], config: CalibrationConfig) -> list[dict[str, Any]]:
+    """What a calibration asks, without max_tokens."""
     return [{"body": {**body, "user": users[n % len(users)]}} for n in range(config.requests)]
 
 
@@ -72,12 +75,13 @@ def calibrate(
 ) -> tuple[ServiceTimes, list[Loop], dict[str, Any]]:
     """Service times, the clients at once from whom they are, and the facts behind them.
 
-    `body`: a streamed completion's, without max_tokens; `users`: of each request in turn.
+    `body`: a streamed completion's, without max_tokens; `users`: of each request in turn. Whoever has a stack should
+    find it on the device: what loads cost here would count as work that takes longer.
     """
     # 1. CPU times at each length of answer, of one client alone and of as many as keep every row busy
     meter = Meter()
     most = config.clients[-1]
-    requests = closed_loop(body, users, config)
+    requests = requests_of(body, users, config)
     ask(url, _of_length(requests, max(config.answer_tokens)), clients=most)
     idle = meter.idle()
     runs: dict[int, list[dict[str, Any]]] = {1: [], most: []}
@@ -87,7 +91,10 @@ def calibrate(
                 told = ask(url, _of_length(requests * (1 + clients // ROUND), tokens), clients=clients)
             each.append(_run_of(told, seen, idle, step) | {"clients": clients})
     alone, crowd = runs[1], runs[most]
-    loops = [measure_loop(meter, url, requests, config.answer_tokens, clients) for clients in config.clients]
+    # Up and down again, each with half of the requests: a machine that becomes slower does so for all of them.
+    up = [measure_loop(meter, url, requests[::2], config.answer_tokens, clients) for clients in config.clients]
+    down = [measure_loop(meter, url, requests[::2], config.answer_tokens, loop.clients) for loop in reversed(up)]
+    loops = [middle_of(one, other) for one, other in zip(up, reversed(down), strict=True)]
 
     # 2. what is a request's, and what a token's
     scale = float(np.mean([run["engine_over_step"] for run in crowd]))
@@ -118,7 +125,8 @@ def calibrate(
             "one_at_a_time": alone,
             "crowd": crowd,
             "at_once": [
-                {"measured": asdict(one), "simulated": asdict(simulate_loop(times, pod, one))} for one in loops
+                {"up": asdict(one), "down": asdict(other), "simulated": asdict(simulate_loop(times, pod, loop))}
+                for one, other, loop in zip(up, reversed(down), loops, strict=True)
             ],
             "engine_over_step": scale,
             "prompt_tokens": round(float(np.mean([run["prompt_tokens"] for run in alone]))),

@@ -207,10 +207,8 @@ def _validation_section(validation: Mapping[str, Any]) -> Section:
     shown = ", ".join(
         f"{run['tokens']:.0f} tokens {run['simulated_total_ms']:.0f} / {run['total_ms_p50']:.0f} ms" for run in alone
     )
-    others, paces = (
-        "; ".join(", ".join(f"{one:.{digits}f}" for one in load[name]) for load in loads)
-        for name, digits in (("others_cpus", 1), ("paces", 2))
-    )
+    others = "; ".join(", ".join(f"{cpus:.1f}" for cpus in load["others_cpus"]) for load in loads)
+    paces = "; ".join(", ".join(f"{a:.2f} and {b:.2f}" for a, b in load["paces"]) for load in loads)
     apart = "; ".join(
         f"{load['share']:.0%}: "
         + ", ".join(
@@ -228,10 +226,12 @@ def _validation_section(validation: Mapping[str, Any]) -> Section:
             f"A service of base {validation['config']['base']} on {validation['cpus']} CPUs, which run its client too. "
             "Known to the model: step times of the engine by itself, CPU times of the processes while one client asks "
             "alone and a few ask at once, each waiting for its answer, what they waited for, and the arrivals.",
-            f"Loads are shares of {validation['can_per_s']:.1f} requests/s, which the model says this service can do. "
-            f"Told to the model, of each run: other programs took {others} CPUs, and all work took {paces} times as "
-            "long as at the calibration (by clients who wait for their answers, asked before and after the run).",
-            f"What was measured is all runs of a load together. Each run by itself, ms, in the order above: {apart}.",
+            f"Loads are shares of {validation['can_per_s']:.1f} requests/s, which the model says this service can do, "
+            "over the machine's pace just before. Told to the model, of each run: other programs took "
+            f"{others} CPUs, and all work took {paces} times as long as at the calibration, before and after it (of "
+            "clients who wait for their answers).",
+            "A row is all runs of a load together. Each by itself, predicted / measured ms, in the order above: "
+            f"{apart}.",
             f"Step fit: {fit['samples']} mixtures, error p50 {fit['error_p50']:.1%}, p95 {fit['error_p95']:.1%}. "
             f"One at a time, simulated / measured: {shown}.",
         ],

@@ -26,7 +26,7 @@ from mta_ray.model.settings import EngineConfig
 from mta_ray.personalize.base_model import open_base
 from mta_ray.population.capacity.arrivals import Arrival, TrafficConfig, draw_users, poisson_arrivals
 from mta_ray.population.capacity.closed_loops import Pace, at_most
-from mta_ray.population.capacity.live_times import CalibrationConfig, calibrate, closed_loop
+from mta_ray.population.capacity.live_times import CalibrationConfig, calibrate, requests_of
 from mta_ray.population.capacity.measure_engine import MeasureConfig, measure_engine
 from mta_ray.population.capacity.meter import Meter, ask
 from mta_ray.population.capacity.service_model import Outcome, PodConfig, PodRun, saturation_per_s, simulate_pod
@@ -68,9 +68,9 @@ class ValidateConfig:
     tries: int = 3
     """Of each load; the least disturbed one counts."""
     repeats: int = 2
-    """Runs of each load, with the same arrivals: by how much they differ, no prediction can know."""
+    """Runs of each load, with the same arrivals: by how much more they differ than their predictions, nobody knew."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    """How one request at a time is measured."""
+    """How clients are measured who wait for their answers."""
     seed: int = 0
     """Of arrivals."""
 
@@ -97,16 +97,21 @@ class Run:
 
     others: float
     """CPUs that other programs took beside it."""
-    pace: float
-    """How many times as long all work took then as at the calibration."""
+    paces: tuple[float, float]
+    """How many times as long all work took as at the calibration, before the run and after it."""
     answers: list[dict[str, Any]]
     """What the client was told, in the order of the arrivals."""
+
+    @property
+    def pace(self) -> float:
+        """Of the run itself, as far as that is known."""
+        return math.sqrt(self.paces[0] * self.paces[1])
 
 
 def validate_live(config: ValidateConfig, traffic: TrafficConfig, to: Path) -> tuple[ServiceTimes, dict[str, Any]]:
     """Measure, calibrate, predict, then load the service and compare; the times, and the comparison.
 
-    `to`: a Parquet file of all requests of the loads, measured and predicted.
+    `to`: a Parquet file of all requests of the runs that count, measured and predicted.
     """
     # 1. the engine by itself, while nothing else runs
     engine = measure_engine(
@@ -147,13 +152,17 @@ def validate_live(config: ValidateConfig, traffic: TrafficConfig, to: Path) -> t
             # 3. loads that were not looked at before
             can_per_s = saturation_per_s(pod, times, replace(traffic, prompt_tokens=float(facts["prompt_tokens"])))
             meter, loads, rows = Meter(), [], []
-            requests = closed_loop(body, asking, config.calibration)
+            requests = requests_of(body, asking, config.calibration)
             pace = Pace(meter, url, requests, config.calibration.answer_tokens, times, pod, loops)
+            before = pace.now()
             for number, share in enumerate(config.loads):
-                per_s = share * can_per_s / pace.now()
+                per_s = share * can_per_s / before
                 drawn = _arrivals(config, traffic, per_s, facts["prompt_tokens"], config.seed + number)
                 asked = [_request(body, users, arrival) for arrival in drawn]
-                runs = [_least_disturbed(config, meter, pace, url, asked) for _ in range(config.repeats)]
+                runs: list[Run] = []
+                for _ in range(config.repeats):
+                    run, before = _least_disturbed(config, meter, pace, before, url, asked)
+                    runs.append(run)
                 # As the arrivals, what else the machine did is not the service's doing: the prediction is told it.
                 said = [
                     simulate_pod(drawn, replace(pod, others=at_most(run.others, pod)), times.at_pace(run.pace))
@@ -165,7 +174,7 @@ def validate_live(config: ValidateConfig, traffic: TrafficConfig, to: Path) -> t
                         "share": share,
                         "per_s": per_s,
                         "others_cpus": [run.others for run in runs],
-                        "paces": [run.pace for run in runs],
+                        "paces": [run.paces for run in runs],
                     }
                     | compare([o for one in said for o in one.outcomes], [a for run in runs for a in run.answers])
                     | {"each_run": {clock: [run[clock] for run in each] for clock in each[0]}}
@@ -255,20 +264,22 @@ def compare(predicted: Sequence[Outcome], measured: Sequence[Mapping[str, Any]])
 
 
 def _least_disturbed(
-    config: ValidateConfig, meter: Meter, pace: Pace, url: str, requests: Sequence[Mapping[str, Any]]
-) -> Run:
-    """The try of the load beside which other programs did least; the machine's pace is that before and after it."""
+    config: ValidateConfig, meter: Meter, pace: Pace, before: float, url: str, requests: Sequence[Mapping[str, Any]]
+) -> tuple[Run, float]:
+    """The try of the load beside which other programs did least, and the machine's pace after the last try.
+
+    `before`: its pace now.
+    """
     tried: list[Run] = []
-    before = pace.now()
     for _ in range(config.tries):
         with meter.watch() as seen:
             told = ask(url, requests, clients=0)
         after = pace.now()
-        tried.append(Run(seen.others_cpus(told["life_cpu_ms"]), math.sqrt(before * after), told["requests"]))
+        tried.append(Run(seen.others_cpus(told["life_cpu_ms"]), (before, after), told["requests"]))
+        before = after
         if tried[-1].others <= config.disturbed_cpus:
             break
-        before = after
-    return min(tried, key=lambda run: run.others)
+    return min(tried, key=lambda run: run.others), before
 
 
 def _rows(drawn: Sequence[Arrival], said: PodRun, run: Run) -> list[dict[str, Any]]:
@@ -276,8 +287,9 @@ def _rows(drawn: Sequence[Arrival], said: PodRun, run: Run) -> list[dict[str, An
     of = {id(outcome.arrival): outcome for outcome in said.outcomes}
     return [
         asdict(arrival)
-        | {clock: answer[clock] for clock in ("status", *CLOCKS)}
-        | {f"predicted_{clock}": getattr(of[id(arrival)], clock) for clock in ("status", *CLOCKS)}
+        | {name: answer.get(name) for name in ("status", "tokens")}
+        | {clock: answer[clock] if answer["status"] else None for clock in CLOCKS}
+        | {f"predicted_{name}": getattr(of[id(arrival)], name) for name in ("status", *CLOCKS)}
         | {"pace": run.pace, "others_cpus": run.others}
         for arrival, answer in zip(drawn, run.answers, strict=True)
     ]
