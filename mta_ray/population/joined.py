@@ -48,7 +48,13 @@ def join_reports(config: JoinReportsConfig) -> str:
     for number, path in enumerate(config.of):
         artifact = _open(path)
         reports.append(json.loads((artifact.path / FIGURES).read_text()))
-        told = importlib.import_module(MODULES[artifact.kind]).sections(reports[-1])
+        try:
+            told = importlib.import_module(MODULES[artifact.kind]).sections(reports[-1])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} holds a report that this version of mta_ray does not know how to show ({error!r}); run "
+                f"`mta simulate {artifact.kind}` again, with --force"
+            ) from error
         sections += [replace(section, title=f"{section.title} ({names[number]})") for section in told]
         inputs[f"{number} {artifact.kind}"] = artifact.hash
     with publish(config.out, kind=KIND, settings={"title": config.title}, inputs=inputs) as draft:

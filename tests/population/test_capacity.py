@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mta_ray.artifacts import open_artifact
+from mta_ray.artifacts import open_artifact, publish
 from mta_ray.population.capacity.arrivals import TrafficConfig
 from mta_ray.population.capacity.fleet import DemandConfig, FleetConfig, SampleConfig
 from mta_ray.population.capacity.measure_engine import MeasureConfig, measure_engine
@@ -88,6 +88,17 @@ def test_the_report_is_made_of_its_figures_alone(tmp_path: Path) -> None:
     assert f"50%: {', '.join(['1 / 2 and 3 / 4'] * 4)}." in notes
     assert "took 0.1, 0.2 CPUs" in notes and "took 1.00 and 1.25, 1.25 and 1.50 times" in notes
     assert len(tables(report)) == 2
+
+
+def test_a_report_of_another_version_is_told_by_its_path(tmp_path: Path) -> None:
+    path = simulate_capacity(config(tmp_path, demand=DemandConfig(users=(1e4,))))
+    report = json.loads((Path(path) / "report.json").read_text())
+    del report["curve"]
+    with publish(tmp_path / "old", kind="capacity", settings={}, inputs={}) as draft:
+        (draft.path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=r"old holds a report .* \(KeyError\('curve'\)\); run `mta simulate capacity`"):
+        join_reports(JoinReportsConfig(of=(path, str(tmp_path / "old")), out=str(tmp_path / "joined")))
+    assert not (tmp_path / "joined").exists()
 
 
 MEASURED = ProcessTime(request_ms=1.0)

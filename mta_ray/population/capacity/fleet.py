@@ -35,7 +35,7 @@ MOST, BYTES_MAX = 1e6, 1e12
 PEAK_MAX = 60.0
 LOAD_MAX = 0.85
 """Of what a replica that always has more to do gets through: nearer to it, waiting grows faster than a sample shows."""
-LONGER = 5
+PROVED_BY = 5
 """So many times the sample the limit must hold for, with other arrivals."""
 STEP_DOWN = 0.95
 WARM_SHARE = 0.1
@@ -301,7 +301,7 @@ class Planner:
             why,
         )
         while True:
-            self._known[limit] = self._simulated(limit, LONGER * self.sample.requests, self.sample.seed + 1)
+            self._known[limit] = self._simulated(limit, PROVED_BY * self.sample.requests, self.sample.seed + 1)
             if not self._known[limit].misses(self.target):
                 return limit
             if limit * STEP_DOWN < least:
