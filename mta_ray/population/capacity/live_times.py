@@ -53,7 +53,10 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         if len(set(self.answer_tokens)) < 2 or min(self.answer_tokens) < 1 or self.requests < REQUESTS_MIN:
-            raise ValueError(f"wanted at least two different answer_tokens, and {REQUESTS_MIN} requests")
+            raise ValueError(
+                f"answer_tokens is {self.answer_tokens} and requests {self.requests}, wanted at least two different "
+                f"lengths of 1 or more, and at least {REQUESTS_MIN} requests"
+            )
         if not self.clients or not all(a < b for a, b in pairwise((1, *self.clients))):
             raise ValueError(f"clients is {self.clients}, wanted at least one number, ascending from 2")
 
