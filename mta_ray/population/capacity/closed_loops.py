@@ -70,22 +70,13 @@ def measure_loop(
 
 def loop_of(answers: Sequence[Mapping[str, Any]], lengths: int, clients: int, others_cpus: float) -> Loop:
     """Of answers in the order in which they were asked for, of so many lengths in turns."""
-    clocks = []
-    for number in range(lengths):
-        these = answers[number::lengths]
-        later = [answer for n, answer in enumerate(answers) if n % lengths == number and n >= clients]
-        clocks.append(  # the first ones came all at once
-            Clocks(
-                tokens=float(np.mean([answer["tokens"] for answer in these])),
-                ttft_ms=float(np.median([answer["ttft_ms"] for answer in later])),
-                total_ms=float(np.median([answer["total_ms"] for answer in later])),
-            )
-        )
+    tokens = [float(np.mean([answer["tokens"] for answer in answers[n::lengths]])) for n in range(lengths)]
+    clocks = [(answer["ttft_ms"], answer["total_ms"]) for answer in answers]
     return Loop(
         clients=clients,
         requests=len(answers),
         prompt_tokens=float(np.mean([answer["prompt_tokens"] for answer in answers])),
-        clocks=tuple(clocks),
+        clocks=_medians(tokens, clocks, clients),
         others_cpus=others_cpus,
     )
 
@@ -109,12 +100,18 @@ def simulate_loop(times: ServiceTimes, pod: PodConfig, loop: Loop) -> Loop:
     asked = [Arrival(0.0, n, round(loop.prompt_tokens), lengths[n % len(lengths)]) for n in range(loop.requests)]
     pod = replace(pod, others=at_most(loop.others_cpus, pod))
     ended = simulate_pod(asked[: loop.clients], pod, times, then=asked[loop.clients :]).outcomes
-    clocks = []
-    for number, clock in enumerate(loop.clocks):
-        these = [o for o in ended if o.arrival.user % len(lengths) == number and o.arrival.user >= loop.clients]
-        ttft_ms, total_ms = (float(np.median([getattr(o, name) for o in these])) for name in ("ttft_ms", "total_ms"))
-        clocks.append(Clocks(tokens=clock.tokens, ttft_ms=ttft_ms, total_ms=total_ms))
-    return replace(loop, clocks=tuple(clocks))
+    clocks = [(o.ttft_ms, o.total_ms) for o in sorted(ended, key=lambda outcome: outcome.arrival.user)]
+    return replace(loop, clocks=_medians([clock.tokens for clock in loop.clocks], clocks, loop.clients))
+
+
+def _medians(tokens: Sequence[float], clocks: Sequence[tuple[float, float]], clients: int) -> tuple[Clocks, ...]:
+    """Of (ttft_ms, total_ms) of each request, lengths in turns; without the first ones, which came all at once."""
+    told = []
+    for number, of_length in enumerate(tokens):
+        later = [clock for n, clock in enumerate(clocks) if n % len(tokens) == number and n >= clients]
+        ttft_ms, total_ms = (float(middle) for middle in np.median(later, axis=0))
+        told.append(Clocks(tokens=of_length, ttft_ms=ttft_ms, total_ms=total_ms))
+    return tuple(told)
 
 
 def with_longer(times: ServiceTimes, pod: PodConfig, measured: Sequence[Loop]) -> ServiceTimes:

@@ -25,11 +25,11 @@ from mta_ray.model.backbone import EMBEDDED
 from mta_ray.model.settings import EngineConfig
 from mta_ray.personalize.base_model import open_base
 from mta_ray.population.capacity.arrivals import Arrival, TrafficConfig, draw_users, poisson_arrivals
+from mta_ray.population.capacity.calibrate import CalibrationConfig, calibrate
 from mta_ray.population.capacity.closed_loops import Pace, at_most
-from mta_ray.population.capacity.live_times import CalibrationConfig, calibrate, requests_of
 from mta_ray.population.capacity.measure_engine import MeasureConfig, measure_engine
 from mta_ray.population.capacity.meter import Meter, ask
-from mta_ray.population.capacity.service_model import Outcome, PodConfig, PodRun, saturation_per_s, simulate_pod
+from mta_ray.population.capacity.service_model import Outcome, PodConfig, saturation_per_s, simulate_pod
 from mta_ray.population.capacity.service_times import ServiceTimes
 from mta_ray.serving.args import ServingArgs
 from mta_ray.serving.database import open_database
@@ -68,7 +68,7 @@ class ValidateConfig:
     tries: int = 3
     """Of each load; the least disturbed one counts."""
     repeats: int = 2
-    """Runs of each load, with the same arrivals: by how much more they differ than their predictions, nobody knew."""
+    """Runs of each load, with the same arrivals: what they differ by beyond their predictions, none could know."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """How clients are measured who wait for their answers."""
     seed: int = 0
@@ -142,9 +142,9 @@ def validate_live(config: ValidateConfig, traffic: TrafficConfig, to: Path) -> t
             often = draw_users(
                 traffic.zipf, len(users), config.calibration.requests, np.random.default_rng(config.seed)
             )
-            asking = [users[user] for user in often]  # as those of the loads
+            requests = [{"body": {**body, "user": users[user]}} for user in often]  # as those of the loads
             times, loops, facts = calibrate(
-                url, body, asking, engine.fit.step, pod, config.calibration, stack_load_ms=engine.stack_load_ms
+                url, requests, engine.fit.step, pod, config.calibration, stack_load_ms=engine.stack_load_ms
             )
             source = f"a service of base {config.base} on {os.cpu_count()} CPUs, {times.source}"
             times = replace(times, source=source, base=config.base, device=engine.device)
@@ -152,7 +152,6 @@ def validate_live(config: ValidateConfig, traffic: TrafficConfig, to: Path) -> t
             # 3. loads that were not looked at before
             can_per_s = saturation_per_s(pod, times, replace(traffic, prompt_tokens=float(facts["prompt_tokens"])))
             meter, loads, rows = Meter(), [], []
-            requests = requests_of(body, asking, config.calibration)
             pace = Pace(meter, url, requests, config.calibration.answer_tokens, times, pod, loops)
             before = pace.now()
             for number, share in enumerate(config.loads):
@@ -163,27 +162,9 @@ def validate_live(config: ValidateConfig, traffic: TrafficConfig, to: Path) -> t
                 for _ in range(config.repeats):
                     run, before = _least_disturbed(config, meter, pace, before, url, asked)
                     runs.append(run)
-                # As the arrivals, what else the machine did is not the service's doing: the prediction is told it.
-                said = [
-                    simulate_pod(drawn, replace(pod, others=at_most(run.others, pod)), times.at_pace(run.pace))
-                    for run in runs
-                ]
-                each = [compare(one.outcomes, run.answers)["clocks"] for one, run in zip(said, runs, strict=True)]
-                loads.append(
-                    {
-                        "share": share,
-                        "per_s": per_s,
-                        "others_cpus": [run.others for run in runs],
-                        "paces": [run.paces for run in runs],
-                    }
-                    | compare([o for one in said for o in one.outcomes], [a for run in runs for a in run.answers])
-                    | {"each_run": {clock: [run[clock] for run in each] for clock in each[0]}}
-                )
-                rows += [
-                    row | {"share": share, "run": n}
-                    for n, (one, run) in enumerate(zip(said, runs, strict=True))
-                    for row in _rows(drawn, one, run)
-                ]
+                told, of_load = _predicted(drawn, runs, pod, times)
+                loads.append({"share": share, "per_s": per_s} | told)
+                rows += [{"share": share} | row for row in of_load]
                 log.info("load %.0f%% compared", share * 100)
         finally:
             serve.shutdown()
@@ -282,9 +263,30 @@ def _least_disturbed(
     return min(tried, key=lambda run: run.others), before
 
 
-def _rows(drawn: Sequence[Arrival], said: PodRun, run: Run) -> list[dict[str, Any]]:
+def _predicted(
+    drawn: Sequence[Arrival], runs: Sequence[Run], pod: PodConfig, times: ServiceTimes
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The runs of one load beside what is predicted of each: percentiles, and every request."""
+    # As the arrivals, what else the machine did is not the service's doing: the prediction is told it.
+    said = [
+        simulate_pod(drawn, replace(pod, others=at_most(run.others, pod)), times.at_pace(run.pace)).outcomes
+        for run in runs
+    ]
+    each = [compare(outcomes, run.answers)["clocks"] for outcomes, run in zip(said, runs, strict=True)]
+    told = {"others_cpus": [run.others for run in runs], "paces": [run.paces for run in runs]}
+    told |= compare([o for outcomes in said for o in outcomes], [answer for run in runs for answer in run.answers])
+    told |= {"each_run": {clock: [run[clock] for run in each] for clock in each[0]}}
+    rows = [
+        {"run": n} | row
+        for n, (outcomes, run) in enumerate(zip(said, runs, strict=True))
+        for row in _rows(drawn, outcomes, run)
+    ]
+    return told, rows
+
+
+def _rows(drawn: Sequence[Arrival], outcomes: Sequence[Outcome], run: Run) -> list[dict[str, Any]]:
     """Each request with what was measured of it and what was predicted."""
-    of = {id(outcome.arrival): outcome for outcome in said.outcomes}
+    of = {id(outcome.arrival): outcome for outcome in outcomes}
     return [
         asdict(arrival)
         | {name: answer.get(name) for name in ("status", "tokens")}

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mta_ray.population.capacity import closed_loops, live_times
+from mta_ray.population.capacity import calibrate, closed_loops
 from mta_ray.population.capacity.arrivals import Arrival
+from mta_ray.population.capacity.calibrate import CalibrationConfig
 from mta_ray.population.capacity.closed_loops import Clocks, Loop
-from mta_ray.population.capacity.live_times import CalibrationConfig
 from mta_ray.population.capacity.meter import PROCESSES, WARM, Seen, Usage
 from mta_ray.population.capacity.service_model import PodConfig, simulate_pod
 from mta_ray.population.capacity.service_times import ProcessTime, ServiceTimes, StepTime
@@ -50,7 +50,7 @@ def _runs(*, alone: bool) -> list[dict]:
 def test_a_requests_and_a_tokens_share_and_waking_up_are_found_again() -> None:
     alone, crowd = _runs(alone=True), _runs(alone=False)
     for name in ("proxy", "ingress", "replica", "client"):
-        found, wanted = live_times._process_time(alone, crowd, name), getattr(KNOWN, name)
+        found, wanted = calibrate._process_time(alone, crowd, name), getattr(KNOWN, name)
         for entry in ("request_ms", "token_ms", "native_request_ms", "native_token_ms", "wake_ms", "native_wake_ms"):
             assert getattr(found, entry) == pytest.approx(getattr(wanted, entry), abs=1e-6), (name, entry)
 
@@ -73,13 +73,13 @@ def _clocks(times: ServiceTimes) -> list[dict]:
 
 
 def test_what_a_client_alone_waits_for_besides_is_found_again() -> None:
-    found = live_times._with_rest(replace(KNOWN, away_ms=0.0, pause_ms=0.0), POD, _clocks(KNOWN))
+    found = calibrate._with_rest(replace(KNOWN, away_ms=0.0, pause_ms=0.0), POD, _clocks(KNOWN))
     assert found.away_ms == pytest.approx(KNOWN.away_ms, abs=0.05)
     assert found.pause_ms == pytest.approx(KNOWN.pause_ms, abs=0.02)
 
     # first tokens that come before all work on a request is done: a part of it comes after the answer
     early = replace(KNOWN, away_ms=0.0, after_share=0.4)
-    found = live_times._with_rest(replace(early, pause_ms=0.0, after_share=0.0), POD, _clocks(early))
+    found = calibrate._with_rest(replace(early, pause_ms=0.0, after_share=0.0), POD, _clocks(early))
     assert found.away_ms == 0 and found.after_share == pytest.approx(0.4, abs=0.02)
 
 
@@ -126,7 +126,7 @@ def test_of_a_measured_loop_each_length_has_its_medians_without_the_first_ones()
 
 
 def test_at_the_fewest_requests_some_are_left_of_every_length() -> None:
-    least = live_times.REQUESTS_MIN
+    least = calibrate.REQUESTS_MIN
     with pytest.raises(ValueError, match=f"{least} requests"):
         CalibrationConfig(requests=least - 1)
     for clients in range(2, 100):
@@ -186,7 +186,7 @@ def test_a_runs_cpu_times_are_a_requests_without_what_an_idle_process_takes() ->
     used = {name: Usage(8.0 / 4 * 10 + count * 2.0, 4.0 / 4 * 10 + count * 0.5, 0.0) for name in PROCESSES}
     used["replica"] = Usage(used["replica"].python, used["replica"].native, 1.25 * engine_ms)
     seen = Seen(seconds=10.0, machine_ms=10_000.0, used=used, steps=count * 4, tokens=count * 4)
-    run = live_times._run_of(told, seen, idle, STEP)
+    run = calibrate._run_of(told, seen, idle, STEP)
     assert run["client"] == {"python": pytest.approx(3.0), "native": pytest.approx(1.0)}
     assert run["proxy"] == {"python": pytest.approx(2.0), "native": pytest.approx(0.5), "engine": 0.0}
     assert run["engine_over_step"] == pytest.approx(1.25)

@@ -16,12 +16,12 @@ from scipy.optimize import nnls
 
 from mta_ray.population.capacity.arrivals import Arrival
 from mta_ray.population.capacity.closed_loops import (
-    ROUND,
     Loop,
     at_most,
     late,
     measure_loop,
     middle_of,
+    mixed,
     simulate_loop,
     with_longer,
 )
@@ -61,15 +61,9 @@ class CalibrationConfig:
             raise ValueError(f"clients is {self.clients}, wanted at least one number, ascending from 2")
 
 
-def requests_of(body: Mapping[str, Any], users: Sequence[str], config: CalibrationConfig) -> list[dict[str, Any]]:
-    """What a calibration asks, without max_tokens."""
-    return [{"body": {**body, "user": users[n % len(users)]}} for n in range(config.requests)]
-
-
 def calibrate(
     url: str,
-    body: Mapping[str, Any],
-    users: Sequence[str],
+    requests: Sequence[Mapping[str, Any]],
     step: StepTime,
     pod: PodConfig,
     config: CalibrationConfig,
@@ -78,20 +72,19 @@ def calibrate(
 ) -> tuple[ServiceTimes, list[Loop], dict[str, Any]]:
     """Service times, the clients at once from whom they are, and the facts behind them.
 
-    `body`: a streamed completion's, without max_tokens; `users`: of each request in turn. Whoever has a stack should
-    find it on the device: what loads cost here would count as work that takes longer.
+    `requests`: streamed completions without max_tokens, `config.requests` of them. Whoever has a stack should find it
+    on the device: what loads cost here would count as work that takes longer.
     """
     # 1. CPU times at each length of answer, of one client alone and of as many as keep every row busy
     meter = Meter()
     most = config.clients[-1]
-    requests = requests_of(body, users, config)
-    ask(url, _of_length(requests, max(config.answer_tokens)), clients=most)
+    ask(url, mixed(requests, (max(config.answer_tokens),), 1), clients=most)
     idle = meter.idle()
     runs: dict[int, list[dict[str, Any]]] = {1: [], most: []}
     for clients, each in runs.items():
         for tokens in config.answer_tokens:
             with meter.watch() as seen:
-                told = ask(url, _of_length(requests * (1 + clients // ROUND), tokens), clients=clients)
+                told = ask(url, mixed(requests, (tokens,), clients), clients=clients)
             each.append(_run_of(told, seen, idle, step) | {"clients": clients})
     alone, crowd = runs[1], runs[most]
     # Up and down again, each with half of the requests: a machine that becomes slower does so for all of them.
@@ -135,10 +128,6 @@ def calibrate(
             "prompt_tokens": round(float(np.mean([run["prompt_tokens"] for run in alone]))),
         },
     )
-
-
-def _of_length(requests: Sequence[Mapping[str, Any]], tokens: int) -> list[dict[str, Any]]:
-    return [{**request, "body": {**request["body"], "max_tokens": tokens}} for request in requests]
 
 
 def _run_of(told: Mapping[str, Any], seen: Seen, idle: Seen, step: StepTime) -> dict[str, Any]:
